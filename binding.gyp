@@ -1,0 +1,29 @@
+{
+  "target_defaults": {
+    "cflags_cc": ["-std=c++17", "-O2", "-Wall", "-Wextra"],
+    "cflags_cc!": ["-fno-exceptions", "-std=gnu++17", "-std=gnu++20"],
+    "cflags": ["-fvisibility=hidden"]
+  },
+  "targets": [
+    {
+      # The embedded hypervisor: a Node-API addon over Unicorn (GPL-2.0), loaded by the host process only.
+      "target_name": "machine",
+      "sources": ["native/machine/addon.cc"],
+      "include_dirs": [
+        "<!(node -p \"require('node-addon-api').include_dir\")",
+        ".deps/unicorn/unicorn/include"
+      ],
+      "defines": ["NAPI_VERSION=8"],
+      "libraries": [
+        "<(module_root_dir)/.deps/unicorn/unicorn/lib/libunicorn.so.2",
+        "-Wl,-rpath,'$$ORIGIN/../../.deps/unicorn/unicorn/lib'"
+      ]
+    },
+    {
+      # libvmi's C ABI over a KVMI socket; links to nothing of Node.
+      "target_name": "kvmi",
+      "type": "shared_library",
+      "sources": ["native/kvmi/vmi.cc"]
+    }
+  ]
+}

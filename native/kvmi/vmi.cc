@@ -1,0 +1,1 @@
+// libvmi ABI over KVMI

@@ -1,0 +1,206 @@
+// Brings a fresh checkout to where it can run: packages, Unicorn, native code, the guest, TypeScript.
+// A step is skipped when nothing it depends on has changed since it last succeeded.
+import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = join(dirname(fileURLToPath(import.meta.url)), '..');
+process.chdir(root);
+
+const UNICORN = {
+  requirement: 'unicorn==2.1.4',
+  // manylinux x86-64 wheel
+  sha256: '9d6e6dea140560de4ebd8446661f7ef84a357d428c14a3ef09dacd306ec8c239',
+};
+const DEPS = '.deps';
+const STAMPS = join(DEPS, 'stamps.json');
+
+class SetupError extends Error {}
+
+function say(message) {
+  process.stderr.write(`setup: ${message}\n`);
+}
+
+function filesBelow(path) {
+  if (!existsSync(path)) return [];
+  if (statSync(path).isFile()) return [path];
+  return readdirSync(path, { withFileTypes: true })
+    .flatMap((entry) => filesBelow(join(path, entry.name)))
+    .sort();
+}
+
+function digest(inputs, salt) {
+  const hash = createHash('sha256').update(salt);
+  for (const file of inputs.flatMap(filesBelow)) hash.update(file).update('\0').update(readFileSync(file));
+  return hash.digest('hex');
+}
+
+function loadStamps() {
+  try {
+    return JSON.parse(readFileSync(STAMPS, 'utf8'));
+  } catch {
+    return {};
+  }
+}
+
+function has(command, args = ['--version']) {
+  return spawnSync(command, args, { stdio: 'ignore' }).status === 0;
+}
+
+// stdout is left to the command that follows the set-up.
+function run(command, args, options = {}) {
+  const { status, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2], ...options });
+  if (error) throw new SetupError(`${command} could not be started: ${error.message}`);
+  if (status !== 0) throw new SetupError(`'${command} ${args.join(' ')}' failed with status ${status}`);
+}
+
+function checkMachine() {
+  const [major, minor] = process.versions.node.split('.').map(Number);
+  if (major < 20 || (major === 20 && minor < 19)) {
+    throw new SetupError(
+      `Node 20.19 or later is needed, this is ${process.versions.node}; get one from nodejs.org`,
+    );
+  }
+  if (process.platform !== 'linux' || process.arch !== 'x64') {
+    throw new SetupError(`Linux on x86-64 is needed, this is ${process.platform} on ${process.arch}`);
+  }
+  if (!has('python3'))
+    throw new SetupError('python3 is missing: install Python 3 (Debian: apt-get install python3)');
+  if (!has('python3', ['-m', 'pip', '--version'])) {
+    throw new SetupError('pip is missing: install it for python3 (Debian: apt-get install python3-pip)');
+  }
+  if (!has('c++') || !has('make')) {
+    throw new SetupError('a C++ toolchain is missing: install one (Debian: apt-get install build-essential)');
+  }
+}
+
+function installPackages() {
+  // Not `npm ci`: it refuses a lock file that lists optional packages for this platform only.
+  run('npm', ['install', '--no-save', '--no-audit', '--no-fund', '--ignore-scripts']);
+}
+
+function installUnicorn() {
+  const wheels = join(DEPS, 'wheels');
+  const target = join(DEPS, 'unicorn');
+  rmSync(target, { recursive: true, force: true });
+  mkdirSync(wheels, { recursive: true });
+  const requirements = join(wheels, 'requirements.txt');
+  writeFileSync(requirements, `${UNICORN.requirement} --hash=sha256:${UNICORN.sha256}\n`);
+  run('python3', [
+    '-m',
+    'pip',
+    'download',
+    '--quiet',
+    '--no-deps',
+    '--only-binary=:all:',
+    '--require-hashes',
+    '-r',
+    requirements,
+    '-d',
+    wheels,
+  ]);
+  const wheel = readdirSync(wheels).find((name) => name.endsWith('.whl'));
+  run('python3', ['-m', 'zipfile', '-e', join(wheels, wheel), target]);
+}
+
+const ASSEMBLER = 'x86_64-w64-mingw32-as';
+
+function installGuestAssembler() {
+  if (has(ASSEMBLER)) return;
+  const manual = `the guest's assembler ${ASSEMBLER} is missing: install binutils for x86_64-w64-mingw32 (Debian: apt-get install binutils-mingw-w64-x86-64)`;
+  if (process.getuid() !== 0 || !has('apt-get')) throw new SetupError(manual);
+  say('installing binutils-mingw-w64-x86-64 (3 MB) with apt-get');
+  const install = () =>
+    spawnSync('apt-get', ['install', '-y', '-q', 'binutils-mingw-w64-x86-64'], { stdio: ['ignore', 2, 2] })
+      .status === 0;
+  if (install()) return;
+  run('apt-get', ['update', '-q']);
+  if (!install()) throw new SetupError(manual);
+}
+
+function buildNative() {
+  const args = ['node_modules/node-gyp/bin/node-gyp.js', 'configure', 'build', '--loglevel', 'warn'];
+  // Node's own headers, where the installation carries them: no download then.
+  const prefix = dirname(dirname(process.execPath));
+  if (!process.env.npm_config_nodedir && existsSync(join(prefix, 'include/node/node_api.h')))
+    args.push('--nodedir', prefix);
+  run(process.execPath, args);
+}
+
+function buildGuest() {
+  run(process.execPath, ['scripts/build-guest.mjs', 'build/guest']);
+}
+
+function buildTypeScript() {
+  rmSync('dist', { recursive: true, force: true });
+  run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.build.json']);
+}
+
+const steps = [
+  {
+    name: 'packages',
+    what: 'installing npm packages',
+    inputs: ['package-lock.json'],
+    outputs: ['node_modules'],
+    run: installPackages,
+  },
+  {
+    name: 'unicorn',
+    what: 'fetching Unicorn 2.1.4 (16 MB)',
+    inputs: [],
+    salt: UNICORN.sha256,
+    outputs: [join(DEPS, 'unicorn')],
+    run: installUnicorn,
+  },
+  {
+    name: 'native',
+    what: 'building the native parts (about a minute)',
+    inputs: ['binding.gyp', 'native/machine', 'native/kvmi'],
+    salt: process.versions.modules,
+    outputs: ['build/Release'],
+    run: buildNative,
+  },
+  {
+    name: 'guest',
+    what: 'building the guest kernel',
+    inputs: ['native/guest', 'scripts/build-guest.mjs'],
+    outputs: ['build/guest'],
+    run: () => {
+      installGuestAssembler();
+      buildGuest();
+    },
+  },
+  {
+    name: 'typescript',
+    what: 'compiling TypeScript',
+    inputs: ['src', 'tsconfig.json', 'tsconfig.build.json'],
+    outputs: ['dist'],
+    run: buildTypeScript,
+  },
+];
+
+function main() {
+  checkMachine();
+  mkdirSync(DEPS, { recursive: true });
+  const stamps = loadStamps();
+  for (const step of steps) {
+    const stamp = digest(step.inputs, step.salt ?? '');
+    if (stamps[step.name] === stamp && step.outputs.every(existsSync)) continue;
+    say(step.what);
+    const started = Date.now();
+    step.run();
+    stamps[step.name] = stamp;
+    writeFileSync(STAMPS, `${JSON.stringify(stamps, null, 2)}\n`);
+    say(`${step.name} done in ${((Date.now() - started) / 1000).toFixed(1)} s`);
+  }
+}
+
+try {
+  main();
+} catch (error) {
+  if (!(error instanceof SetupError)) throw error;
+  say(`error: ${error.message}`);
+  process.exitCode = 1;
+}
