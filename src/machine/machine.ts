@@ -1,0 +1,76 @@
+// The contract of the embedded machine; see native/machine for what is behind it.
+import type { Gfn, Gpa, Gva } from '../vmi/address.js';
+import type { Registers } from '../x86/registers.js';
+
+/** Bits of a frame's permission, as the hypervisor's second-level tables hold them. */
+export const ACCESS_READ = 1;
+export const ACCESS_WRITE = 2;
+export const ACCESS_EXECUTE = 4;
+
+export interface MachineOptions {
+  /** 1 to 32. */
+  readonly vcpus: number;
+  /** Guest-physical memory from GPA 0 on; a multiple of 4096. */
+  readonly memoryBytes: number;
+}
+
+/** A vCPU stopped before an access that the frame's permission denies, or after a single step. */
+export interface Trap {
+  readonly vcpu: number;
+  readonly kind: 'violation' | 'single-step';
+  /** The instruction that made the access; it has not retired (for a single step: the next one). */
+  readonly rip: Gva;
+  /** First byte of this page's piece of the access, and how many bytes of it lie on this page. */
+  readonly gva: Gva;
+  readonly gpa: Gpa;
+  readonly length: number;
+  readonly access: 'read' | 'write' | 'execute';
+  /** The bytes of the instruction as it was decoded at the trap: what `complete` will carry out. */
+  readonly instruction: Buffer;
+}
+
+export interface Machine {
+  readonly vcpuCount: number;
+  readonly memoryBytes: number;
+
+  readPhysical(gpa: Gpa, length: number): Buffer;
+  /** Every vCPU sees the bytes at once, code included, through every alias. */
+  writePhysical(gpa: Gpa, bytes: Uint8Array): void;
+  setAccess(gfn: Gfn, access: number): void;
+  access(gfn: Gfn): number;
+
+  /** At any time the vCPU is not inside `run`; exact, also at a trap. */
+  registers(vcpu: number): Registers;
+  /** While a trap is open, takes effect when it is completed, after the instruction. */
+  setRegisters(vcpu: number, registers: Partial<Registers>): void;
+  readMsr(vcpu: number, index: number): bigint;
+
+  /** Counted. A paused vCPU runs no instruction. */
+  pause(vcpu: number): void;
+  resume(vcpu: number): void;
+
+  /**
+   * Completes the trapped instruction as it was decoded, even if its bytes have changed since; `data` is laid
+   * over what a read returns, from the trap's `gva` on, and is ignored unless it covers the trap's piece.
+   * A further piece of the same instruction is a further trap, delivered by the next `run` or `step`.
+   */
+  complete(vcpu: number, data?: Uint8Array): void;
+  setSingleStep(vcpu: number, enabled: boolean): void;
+
+  /** Makes the vCPU take `vector` as soon as IF and CR8 allow it. */
+  raiseInterrupt(vcpu: number, vector: number): void;
+  /** Raises `vector` on every vCPU at this wall-clock period while `run` is used; 0 stops it. */
+  setTimer(vector: number, microseconds: number): void;
+
+  /**
+   * Runs the vCPUs that can run, in turn, for about `microseconds` of wall time. Returns early, with the traps
+   * that are new, as soon as there are any. `idle` says that no vCPU could run.
+   */
+  run(microseconds: number): { readonly traps: readonly Trap[]; readonly idle: boolean };
+  /** Runs one vCPU for exactly `instructions` (fewer at a trap, a halt); returns how many retired. */
+  step(vcpu: number, instructions: number): { readonly retired: number; readonly trap?: Trap };
+
+  /** What the guest wrote to its console port since the last call. */
+  takeConsole(): string;
+  close(): void;
+}
