@@ -1,0 +1,47 @@
+import { pino } from 'pino';
+import pretty from 'pino-pretty';
+import { MemtablesError } from '../errors.js';
+import { hex } from '../vmi/address.js';
+import { EXIT, exitCodeOf } from './exit-codes.js';
+
+/** JSON with addresses (`bigint`) as `"0x…"` strings, on one line. */
+export function toJson(value: unknown): string {
+  return JSON.stringify(value, (_key, item) => {
+    if (typeof item === 'bigint') return hex(item);
+    if (item instanceof Uint8Array) return Buffer.from(item).toString('hex');
+    return item;
+  });
+}
+
+/** Results, on stdout: lines for a person, or JSON lines for a program. */
+export class Output {
+  constructor(readonly json: boolean) {}
+
+  /** A result in both forms: `record` as a JSON line, or `text` for a person. */
+  result(record: Readonly<Record<string, unknown>>, text: string): void {
+    process.stdout.write(this.json ? `${toJson(record)}\n` : `${text}\n`);
+  }
+}
+
+/** Logs, on stderr. */
+export const log = pino(
+  { level: process.env.MEMTABLES_LOG ?? 'info' },
+  pretty({ destination: 2, sync: true, ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l' }),
+);
+
+/** Says on stderr what went wrong and what to do about it; returns the exit code. */
+export function reportError(error: unknown): number {
+  if (error instanceof MemtablesError) {
+    process.stderr.write(`memtables: ${error.message} [${error.code}]\n`);
+    for (const [name, value] of Object.entries(error.context)) {
+      process.stderr.write(`  ${name}: ${typeof value === 'string' ? value : toJson(value)}\n`);
+    }
+    if (error.cause instanceof Error) process.stderr.write(`  cause: ${error.cause.message}\n`);
+    process.stderr.write(`  what to do: ${error.remedy}\n`);
+    return exitCodeOf(error.code);
+  }
+  process.stderr.write(
+    `memtables: internal error: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`,
+  );
+  return EXIT.internal;
+}
