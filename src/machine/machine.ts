@@ -52,9 +52,12 @@ export interface Machine {
   /**
    * Completes the trapped instruction as it was decoded, even if its bytes have changed since; `data` is laid
    * over what a read returns, from the trap's `gva` on, and is ignored unless it covers the trap's piece.
-   * A further piece of the same instruction is a further trap, delivered by the next `run` or `step`.
+   * A further piece of the same instruction is a further trap, delivered by the next `run` or `step`;
+   * `step(vcpu, 0)` delivers it, on a paused vCPU too, and runs nothing else. Also ends a single-step trap.
    */
   complete(vcpu: number, data?: Uint8Array): void;
+  /** Gives the trapped instruction up: it is fetched, decoded and run afresh from RIP, and may trap again. */
+  retry(vcpu: number): void;
   setSingleStep(vcpu: number, enabled: boolean): void;
 
   /** Makes the vCPU take `vector` as soon as IF and CR8 allow it. */
