@@ -1,0 +1,136 @@
+import type { Gva } from '../vmi/address.js';
+import { GPR_NAMES, type GprName } from '../x86/registers.js';
+import { encodeJump, JUMP_LENGTH } from './jump.js';
+import type { HandlerPlan, Refused, TableLoad } from './plan.js';
+
+/** Bytes in front of the first block, for every choice of registers. */
+export const SEED_HEADER_SIZE = 47;
+/** `mov dst, imm32` and `jmp back`, for every choice of registers. */
+export const SEED_BLOCK_SIZE = 11;
+export const SEED_MAX_ENTRIES = 256;
+/** What the handler overwrites below RSP: the saved flags, the target, the saved index. */
+export const SEED_STACK_BYTES = 24;
+
+export type SeedRefusal =
+  | 'site-too-short'
+  | 'address-size-prefix'
+  | 'destination-not-32-bit'
+  | 'destination-is-rsp'
+  | 'index-is-rsp'
+  | 'base-is-rsp'
+  | 'no-entries'
+  | 'too-many-entries'
+  | 'jump-out-of-range';
+
+/** The size in bytes of the handler of a table with this many entries. */
+export function seedHandlerSize(entries: number): number {
+  return SEED_HEADER_SIZE + entries * SEED_BLOCK_SIZE;
+}
+
+/**
+ * Plans the handler of `load` at `handler`: for every index k below `entries.length` it leaves the registers,
+ * flags and RIP that the load would have left after reading `entries[k]`.
+ *
+ * An index out of range leads anywhere: the caller has proven the bound. The load may be of one byte too
+ * (`movzx r32, byte [...]`), with the table's bytes as entries.
+ */
+export function planSeedHandler(
+  load: TableLoad,
+  entries: Uint32Array,
+  handler: Gva,
+): HandlerPlan | Refused<SeedRefusal> {
+  const refused = refusalOf(load, entries.length);
+  if (refused !== undefined) return { refused };
+
+  const back = load.gva + BigInt(load.length);
+  const site = encodeJump(load.gva, handler, load.length);
+  const blocks = encodeBlocks(load.dst, entries, handler + BigInt(SEED_HEADER_SIZE), back);
+  if (site === undefined || blocks === undefined) return { refused: 'jump-out-of-range' };
+  return {
+    handler: { gva: handler, bytes: Buffer.concat([encodeHeader(load, handler), blocks]) },
+    site: { gva: load.gva, bytes: site },
+    blocks: SEED_HEADER_SIZE,
+    back,
+  };
+}
+
+function refusalOf(load: TableLoad, entries: number): SeedRefusal | undefined {
+  if (load.length < JUMP_LENGTH) return 'site-too-short';
+  if (load.addressBits !== 64) return 'address-size-prefix';
+  if (load.dstBits !== 32) return 'destination-not-32-bit';
+  if (load.dst === 'rsp') return 'destination-is-rsp';
+  if (load.idx === 'rsp') return 'index-is-rsp';
+  // A table on the stack is not a switch table.
+  if (load.base === 'rsp') return 'base-is-rsp';
+  if (entries === 0) return 'no-entries';
+  if (entries > SEED_MAX_ENTRIES) return 'too-many-entries';
+  return undefined;
+}
+
+/**
+ * Computes the block's address on the stack, so that no register but dst is changed and none is needed.
+ * A REX prefix stands everywhere, even where it says nothing: the size is the same for all registers.
+ */
+function encodeHeader(load: TableLoad, handler: Gva): Buffer {
+  const dst = encoding(load.dst);
+  const idx = encoding(load.idx);
+  const blocks = handler + BigInt(SEED_HEADER_SIZE);
+  return Buffer.from([
+    0x9c, // pushfq
+    rexW({ b: dst.high }),
+    0x50 | dst.low, // push dst
+    rexW({ b: idx.high }),
+    0x50 | idx.low, // push idx
+    ...[0xc7, 0x44, 0x24, 0x08, ...u32(blocks)], // mov dword [rsp+8], low half of blocks
+    ...[0xc7, 0x44, 0x24, 0x0c, ...u32(blocks >> 32n)], // mov dword [rsp+12], high half
+    rexW({ r: idx.high, b: idx.high }),
+    ...[0x6b, 0xc0 | (idx.low << 3) | idx.low, SEED_BLOCK_SIZE], // imul idx, idx, 11
+    rexW({ r: idx.high }),
+    ...[0x01, 0x44 | (idx.low << 3), 0x24, 0x08], // add [rsp+8], idx
+    rexW({ b: idx.high }),
+    0x58 | idx.low, // pop idx
+    rexW({ b: dst.high }),
+    0x58 | dst.low, // pop dst
+    // No pointer into the handler may stay below RSP, where a thread scan would take it for a live one.
+    ...[0x48, 0xc7, 0x44, 0x24, 0xf8, 0x00, 0x00, 0x00, 0x00], // mov qword [rsp-8], 0
+    0x9d, // popfq
+    rex({ b: dst.high }),
+    ...[0xff, 0xe0 | dst.low], // jmp dst
+  ]);
+}
+
+function encodeBlocks(dstName: GprName, entries: Uint32Array, first: Gva, back: Gva): Buffer | undefined {
+  const dst = encoding(dstName);
+  const bytes = Buffer.alloc(entries.length * SEED_BLOCK_SIZE);
+  for (const [k, entry] of entries.entries()) {
+    const at = k * SEED_BLOCK_SIZE;
+    const jumpAt = at + SEED_BLOCK_SIZE - JUMP_LENGTH;
+    const jump = encodeJump(first + BigInt(jumpAt), back);
+    if (jump === undefined) return undefined;
+    bytes.writeUInt8(rex({ b: dst.high }), at);
+    bytes.writeUInt8(0xb8 | dst.low, at + 1); // mov dst, imm32
+    bytes.writeUInt32LE(entry, at + 2);
+    bytes.set(jump, jumpAt);
+  }
+  return bytes;
+}
+
+/** A register's number as the instruction holds it: three bits, and a fourth in the REX prefix. */
+function encoding(name: GprName): { readonly low: number; readonly high: boolean } {
+  const number = GPR_NAMES.indexOf(name);
+  return { low: number & 7, high: number >= 8 };
+}
+
+function rex(extend: { r?: boolean; b?: boolean }): number {
+  return 0x40 | (extend.r ? 4 : 0) | (extend.b ? 1 : 0);
+}
+
+function rexW(extend: { r?: boolean; b?: boolean }): number {
+  return rex(extend) | 8;
+}
+
+function u32(value: bigint): Buffer {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32LE(Number(BigInt.asUintN(32, value)));
+  return bytes;
+}
