@@ -27,7 +27,7 @@ export class CloakMap<Owner> {
   readonly #frames = new Map<Gfn, Cloak<Owner>[]>();
 
   /**
-   * Hides the bytes of `cloak`, all on one frame; `splitByPage` cuts a longer range.
+   * Hides the bytes of `cloak`, all on one frame; `cloaksOfChange` splits a longer range.
    *
    * @returns true when it is the first of its frame, whose reads and writes have to be trapped from now on.
    * @throws MemtablesError `INVALID_ARGUMENT` when it is empty, crosses a page, overlaps another, or its bytes

@@ -1,22 +1,30 @@
 import { type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import type { Cloak } from './cloak-map.js';
 
-/** The part of a range that lies on one page. */
-export interface PagePiece {
+/** A change of guest code: as many bytes before as after. */
+export interface HiddenChange<Owner> {
   readonly gva: Gva;
-  readonly gpa: Gpa;
-  /** Where the piece begins in the range. */
-  readonly offset: number;
-  readonly length: number;
+  readonly original: Uint8Array;
+  readonly current: Uint8Array;
+  readonly owner: Owner;
 }
 
-/** Splits a virtual range at page ends; neighbouring pages may lie in frames that are none. */
-export function splitByPage(gva: Gva, length: number, translate: (gva: Gva) => Gpa): PagePiece[] {
-  const pieces: PagePiece[] = [];
-  for (let offset = 0; offset < length; ) {
-    const at = gva + BigInt(offset);
-    const piece = Math.min(PAGE_SIZE - pageOffset(at), length - offset);
-    pieces.push({ gva: at, gpa: translate(at), offset, length: piece });
-    offset += piece;
+/** The cloaks of a change, one per page: neighbouring pages may lie in frames that are no neighbours. */
+export function cloaksOfChange<Owner>(
+  { gva, original, current, owner }: HiddenChange<Owner>,
+  translate: (gva: Gva) => Gpa,
+): Cloak<Owner>[] {
+  const cloaks: Cloak<Owner>[] = [];
+  for (let from = 0; from < original.length; ) {
+    const at = gva + BigInt(from);
+    const to = Math.min(from + PAGE_SIZE - pageOffset(at), original.length);
+    cloaks.push({
+      gpa: translate(at),
+      original: original.subarray(from, to),
+      current: current.subarray(from, to),
+      owner,
+    });
+    from = to;
   }
-  return pieces;
+  return cloaks;
 }
