@@ -1,0 +1,124 @@
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { MemtablesError } from '../errors.js';
+import type { GprName } from '../x86/registers.js';
+
+/** What kind of load a switch site of the guest is; its own counters are kept by the same names. */
+export type SwitchForm = 'one-level' | 'two-level' | 'look-alike';
+
+/** Why a look-alike must be left alone. The engine has words of its own; these name the hazard. */
+export type RefusalHazard =
+  | 'unproven-bound'
+  | 'not-a-switch'
+  | 'system-service-table'
+  | 'not-a-mov'
+  | 'address-size-prefix'
+  | 'operand-size'
+  | 'scale'
+  | 'too-short'
+  | 'base-is-not-the-image'
+  | 'table-outside-code'
+  | 'pageable'
+  | 'discardable'
+  | 'initkdbg'
+  | 'kvascode';
+
+/** One table load of the guest's image, as its source declares it. RVAs are relative to the image base. */
+export interface SwitchSite {
+  readonly name: string;
+  readonly form: SwitchForm;
+  readonly function: string;
+  readonly functionRva: number;
+  readonly section: string;
+  /** The dword load `mov dst, [base + idx*4 + tableRva]`. */
+  readonly loadRva: number;
+  readonly tableRva: number;
+  readonly entries: number;
+  readonly base: GprName;
+  readonly idx: GprName;
+  readonly dst: GprName;
+  /** The byte load `movzx idx, byte ptr [base + byteIdx + byteTableRva]` of a two-level switch. */
+  readonly byteLoadRva?: number;
+  readonly byteTableRva?: number;
+  readonly byteEntries?: number;
+  readonly byteIdx?: GprName;
+  readonly guard: 'cmp' | 'and' | 'none';
+  readonly expected: 'relocatable' | RefusalHazard;
+}
+
+/** How one switch turns its argument into the number of the case body that runs (see workload-model.ts). */
+export interface SwitchModel {
+  /** Seeds the constants of the case bodies. */
+  readonly id: number;
+  readonly bias: number;
+  readonly shift: number;
+  /** 0: not masked. */
+  readonly mask: number;
+  readonly entries: number;
+  /** 0: one level. */
+  readonly byteEntries: number;
+  readonly byteRun: number;
+  readonly bodies: number;
+  readonly stride: number;
+}
+
+/** A function that the workload calls with an argument below `range`. */
+export interface WorkloadCall {
+  readonly function: string;
+  readonly form: SwitchForm;
+  readonly range: number;
+  /** Two switches: the lowest bit of the argument chooses, the others are the index. */
+  readonly switches: readonly SwitchModel[];
+}
+
+/** An export on which a hook must be refused. */
+export interface UnhookableExport {
+  readonly function: string;
+  readonly reason: 'call' | 'branch-target' | 'too-short';
+}
+
+/** `sites.json`. */
+export interface GuestSites {
+  readonly sites: readonly SwitchSite[];
+  /** In the order of the guest's own call tables. */
+  readonly calls: readonly WorkloadCall[];
+  /** Exports to hook by default: they put most of the tables on trapped pages. */
+  readonly defaultHooks: readonly string[];
+  readonly unhookable: readonly UnhookableExport[];
+}
+
+export interface GuestArtefacts {
+  /** The PE64 image. */
+  readonly image: Buffer;
+  readonly imagePath: string;
+  /** The ISF profile of the image. */
+  readonly profilePath: string;
+  readonly sites: GuestSites;
+}
+
+/** Where the set-up builds the guest to. */
+export const GUEST_DIRECTORY = fileURLToPath(new URL('../../build/guest', import.meta.url));
+
+/**
+ * Reads what the set-up has built.
+ *
+ * @throws MemtablesError `SETUP_INCOMPLETE` when it is not there
+ */
+export function readGuestArtefacts(directory = GUEST_DIRECTORY): GuestArtefacts {
+  const imagePath = join(directory, 'ntoskrnl.exe');
+  const profilePath = join(directory, 'ntoskrnl.json');
+  try {
+    return {
+      image: readFileSync(imagePath),
+      imagePath,
+      profilePath,
+      sites: JSON.parse(readFileSync(join(directory, 'sites.json'), 'utf8')),
+    };
+  } catch (cause) {
+    throw new MemtablesError('SETUP_INCOMPLETE', `the guest kernel is not built in ${directory}`, {
+      remedy: 'Run `npm run setup`.',
+      cause,
+    });
+  }
+}
