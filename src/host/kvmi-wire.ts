@@ -45,7 +45,7 @@ export const EventAction = { CONTINUE: 0, RETRY: 1, CRASH: 2 } as const;
 export const PageAccess = { READ: 1, WRITE: 2, EXECUTE: 4, ALL: 7 } as const;
 
 /** What an error reply carries: KVM's own error numbers, negated. */
-export const KvmError = { NONE: 0, EAGAIN: -11, EBUSY: -16, EINVAL: -22, EOPNOTSUPP: -95 } as const;
+export const KvmError = { NONE: 0, ENOENT: -2, EBUSY: -16, EINVAL: -22, EOPNOTSUPP: -95 } as const;
 
 /** The largest body of a message: two pages with the header. */
 export const MAX_BODY = 8184;

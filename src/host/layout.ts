@@ -8,9 +8,11 @@ export interface Field<T> {
   write(bytes: Buffer, at: number, value: T): void;
 }
 
+/** The members of a layout, by name. */
 // biome-ignore lint/suspicious/noExplicitAny: a field of any type; the value types are inferred from it.
-type Fields = Readonly<Record<string, Field<any>>>;
-type Values<F extends Fields> = { [K in keyof F]: F[K] extends Field<infer T> ? T : never };
+export type Fields = Readonly<Record<string, Field<any>>>;
+/** The values of a layout's members. */
+export type Values<F extends Fields> = { [K in keyof F]: F[K] extends Field<infer T> ? T : never };
 
 /** The values a layout holds. */
 export type ValuesOf<L> = L extends Layout<infer F> ? Values<F> : never;

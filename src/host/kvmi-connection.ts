@@ -1,0 +1,135 @@
+// The hypervisor's end of the KVMI socket, as QEMU holds it.
+import { connect, type Socket } from 'node:net';
+import { MemtablesError } from '../errors.js';
+import type { Introspection } from './introspection.js';
+import { introspectorToQemu, MAX_HANDSHAKE, MessageReader, qemuToIntrospector } from './kvmi-wire.js';
+
+/** libvmi waits about ten seconds for the hypervisor; a few attempts a second are prompt enough. */
+const RETRY_MS = 100;
+const RECEIVE_BUFFER = 64 * 1024;
+/** A tool that does not read its socket is dropped before its answers fill our memory. */
+const MAX_UNSENT = 4 * 1024 * 1024;
+
+export interface KvmiConnectionOptions {
+  /** The unix socket the introspection tool listens on; tried again until it exists. */
+  readonly path: string;
+  readonly introspection: Introspection;
+  /** How the guest introduces itself. */
+  readonly name: string;
+  readonly uuid: Uint8Array;
+  /** Called after messages have been carried out, and when the tool has gone. */
+  readonly onActivity: () => void;
+  /** Called when a tool has attached, and when it is gone: with the reason, if we dropped it. */
+  readonly onState: (attached: boolean, reason?: MemtablesError) => void;
+}
+
+/** Connects to one tool after the other, until it is closed. */
+export class KvmiConnection {
+  private socket: Socket | undefined;
+  private retry: NodeJS.Timeout | undefined;
+  private closed = false;
+
+  constructor(private readonly options: KvmiConnectionOptions) {
+    this.open();
+  }
+
+  /** Disconnects, which undoes what the tool did to the guest's permissions, and tries no more. */
+  close(): void {
+    this.closed = true;
+    clearTimeout(this.retry);
+    this.socket?.destroy();
+  }
+
+  private open(): void {
+    const { path, introspection, onActivity, onState } = this.options;
+    let peer: Peer | undefined;
+    let reason: MemtablesError | undefined;
+    const receive = (bytes: Uint8Array) => {
+      try {
+        peer?.receive(bytes);
+      } catch (error) {
+        if (!(error instanceof MemtablesError) || error.code !== 'PROTOCOL_VIOLATION') throw error;
+        reason = error;
+        socket.destroy();
+      }
+      onActivity();
+    };
+    const buffer = Buffer.alloc(RECEIVE_BUFFER);
+    const socket = connect({
+      path,
+      onread: {
+        buffer,
+        callback: (length) => {
+          receive(buffer.subarray(0, length));
+          return true;
+        },
+      },
+    });
+    this.socket = socket;
+    const send = (message: Buffer) => {
+      socket.write(message);
+      if (socket.writableLength > MAX_UNSENT) socket.destroy();
+    };
+    socket.on('connect', () => {
+      peer = new Peer(introspection, send, () => onState(true));
+      send(this.greeting());
+    });
+    // What went wrong does not matter: 'close' follows, and the next attempt.
+    socket.on('error', () => {});
+    socket.on('close', () => {
+      if (introspection.attached) {
+        introspection.detach();
+        onState(false, reason);
+      } else if (reason) {
+        onState(false, reason);
+      }
+      onActivity();
+      if (!this.closed) this.retry = setTimeout(() => this.open(), RETRY_MS);
+    });
+  }
+
+  private greeting(): Buffer {
+    return qemuToIntrospector.encode({
+      structSize: qemuToIntrospector.size,
+      uuid: this.options.uuid,
+      startTime: BigInt(Math.floor(Date.now() / 1000)),
+      name: Buffer.from(this.options.name),
+    });
+  }
+}
+
+/** A connected tool: first its handshake, then its messages. */
+class Peer {
+  private handshake: Buffer | undefined = Buffer.alloc(0);
+  private readonly reader = new MessageReader();
+
+  constructor(
+    private readonly introspection: Introspection,
+    private readonly send: (message: Buffer) => void,
+    private readonly onAttached: () => void,
+  ) {}
+
+  receive(bytes: Uint8Array): void {
+    const rest = this.handshake ? this.shakeHands(Buffer.concat([this.handshake, bytes])) : bytes;
+    for (const message of this.reader.push(rest)) this.introspection.receive(message);
+  }
+
+  /** Returns what lies behind the handshake, nothing before it is complete. */
+  private shakeHands(received: Buffer): Buffer {
+    this.handshake = received;
+    const sizeField = introspectorToQemu.fields.structSize;
+    if (received.length < sizeField.size) return Buffer.alloc(0);
+    const size = sizeField.read(received, sizeField.offset);
+    if (size < introspectorToQemu.size || size > MAX_HANDSHAKE) {
+      throw new MemtablesError('PROTOCOL_VIOLATION', `the handshake announces ${size} bytes`, {
+        remedy: 'Check that a KVMI introspection tool listens on this socket.',
+        context: { size },
+      });
+    }
+    if (received.length < size) return Buffer.alloc(0);
+    this.handshake = undefined;
+    this.introspection.attach(this.send);
+    this.onAttached();
+    return received.subarray(size);
+  }
+}
