@@ -23,7 +23,7 @@ export const MAX_ANSWER = 256;
  * reads through, it sees the original bytes.
  */
 export class CloakMap<Owner> {
-  /** Per frame, in order of address. A frame without a cloak has no entry. */
+  /** The cloaks of each frame, which never overlap. A frame without one has no entry. */
   readonly #frames = new Map<Gfn, Cloak<Owner>[]>();
 
   /**
@@ -51,7 +51,7 @@ export class CloakMap<Owner> {
     }
     const frame = this.#frames.get(gfnOf(gpa)) ?? [];
     const own = { ...cloak, original: Uint8Array.from(original), current: Uint8Array.from(current) };
-    this.#frames.set(gfnOf(gpa), [...frame, own].sort(byAddress));
+    this.#frames.set(gfnOf(gpa), [...frame, own]);
     return frame.length === 0;
   }
 
@@ -150,7 +150,7 @@ export class CloakMap<Owner> {
     return [...owners];
   }
 
-  /** The cloaks with a byte in this range, in order of address. */
+  /** The cloaks with a byte in this range. */
   #overlapping(gpa: Gpa, length: number): Cloak<Owner>[] {
     const found: Cloak<Owner>[] = [];
     const end = gpa + BigInt(length);
@@ -169,8 +169,4 @@ function intersection(cloak: Cloak<unknown>, gpa: Gpa, length: number): { from: 
   const end = gpa + BigInt(length);
   const cloakEnd = cloak.gpa + BigInt(cloak.original.length);
   return { from: cloak.gpa > gpa ? cloak.gpa : gpa, to: cloakEnd < end ? cloakEnd : end };
-}
-
-function byAddress(a: Cloak<unknown>, b: Cloak<unknown>): number {
-  return a.gpa < b.gpa ? -1 : 1;
 }
