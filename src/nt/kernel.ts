@@ -1,0 +1,255 @@
+import { MemtablesError } from '../errors.js';
+import { type Gpa, type Gva, hex, PAGE_SIZE, pageBase } from '../vmi/address.js';
+import { GuestMemory } from '../vmi/guest-memory.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import type { Registers } from '../x86/registers.js';
+import { ExportTable } from './exports.js';
+import { pageTableRoot } from './page-table.js';
+import { type PdbReference, PeImage } from './pe.js';
+import type { Profile } from './profile.js';
+import { isPageable } from './sections.js';
+import { isKernelAddress, kernelPointer, Layout, structureInvalid } from './structure.js';
+
+/** How far below LSTAR the image is looked for; a kernel image has about 12 MB. */
+const MAX_IMAGE_BYTES = 64 * 1024 * 1024;
+const EFER_LONG_MODE_ACTIVE = 1n << 10n;
+const CR4_FIVE_LEVEL_PAGING = 1n << 12n;
+/** MZ. */
+const DOS_MAGIC = 0x5a4d;
+/** An SSDT entry is a 32-bit offset. */
+const SSDT_ENTRY_SIZE = 4;
+/** A service number has 12 bits. */
+const MAX_SERVICES = 0x1000;
+
+/** A half-open range of guest virtual addresses. */
+export interface GvaRange {
+  readonly start: Gva;
+  readonly end: Gva;
+}
+
+/** The kernel of a running guest: where it is, what it looked like, and how to read it now. */
+export class Kernel {
+  private exportTable: ExportTable | undefined;
+
+  constructor(
+    readonly base: Gva,
+    /** The image as it was at discovery. */
+    readonly image: PeImage,
+    /** The pages that were not there at discovery (discarded or paged out), as RVAs; they read as zeros. */
+    readonly holes: ReadonlySet<number>,
+    /** The kernel's address space as it is now, through the page table of the System process. */
+    readonly memory: GuestMemory,
+    readonly profile: Profile,
+    /** The table of system services, which is read like a switch table but is none. */
+    readonly ssdt: GvaRange,
+  ) {}
+
+  get end(): Gva {
+    return this.base + BigInt(this.image.sizeOfImage);
+  }
+
+  contains(gva: Gva): boolean {
+    return gva >= this.base && gva < this.end;
+  }
+
+  /** The address of a symbol. @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */
+  symbol(name: string): Gva {
+    return this.base + BigInt(this.symbolRva(name));
+  }
+
+  /** @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */
+  symbolRva(name: string): number {
+    return checkedSymbol(this.profile, this.image, name);
+  }
+
+  /** The exported functions and data. @throws MemtablesError `IMAGE_INVALID` */
+  get exports(): ExportTable {
+    this.exportTable ??= ExportTable.read(this.image);
+    return this.exportTable;
+  }
+
+  /** The image's bytes as they were at discovery. @throws MemtablesError `IMAGE_INVALID` outside the image */
+  bytes(rva: number, length: number): Uint8Array {
+    return this.image.read(rva, length);
+  }
+}
+
+/**
+ * Finds the kernel and checks that `profile` describes it. To be called on a quiescent guest.
+ *
+ * Whether the guest runs under VBS cannot be seen from here: its hypervisor hides behind ours.
+ *
+ * @throws MemtablesError
+ * - `GUEST_UNSUPPORTED`: not a 64-bit Windows, or one with 5-level paging;
+ * - `KERNEL_NOT_FOUND`: no vCPU shows it now (all of them in user mode under KVA shadow): try again;
+ * - `PROFILE_MISMATCH`: the profile is of another build;
+ * - `IMAGE_INVALID`: the image is damaged or cannot be read whole;
+ * - `GUEST_STRUCTURE_INVALID`, `GUEST_MEMORY_UNMAPPED`, `SYMBOL_NOT_FOUND`, `PROFILE_INVALID`.
+ */
+export function discoverKernel(hypervisor: Hypervisor, profile: Profile): Kernel {
+  const { base, memory } = locate(hypervisor);
+  const { image, holes } = readImage(memory, base);
+  checkIdentity(image.pdb(), profile);
+  checkHoles(image, holes, base);
+  const systemMemory = openSystemMemory(hypervisor, profile, image, base, memory);
+  const ssdt = readSsdtRange(systemMemory, profile, image, base);
+  return new Kernel(base, image, holes, systemMemory, profile, ssdt);
+}
+
+/** True for a vCPU that has been started and runs in long mode. */
+export function isActive(registers: Pick<Registers, 'efer' | 'cr3'>): boolean {
+  return (registers.efer & EFER_LONG_MODE_ACTIVE) !== 0n && pageTableRoot(registers.cr3) !== 0n;
+}
+
+/** Looks below the system call entry, through each vCPU's page table in turn: a user CR3 does not map it. */
+function locate(hypervisor: Hypervisor): { base: Gva; memory: GuestMemory } {
+  let entrySeen = false;
+  for (let vcpu = 0; vcpu < hypervisor.vcpuCount; vcpu++) {
+    const registers = hypervisor.registers(vcpu);
+    if (!isActive(registers)) continue;
+    if ((registers.cr4 & CR4_FIVE_LEVEL_PAGING) !== 0n) {
+      throw unsupported('the guest uses 5-level paging', { vcpu, cr4: registers.cr4 });
+    }
+    if (!isKernelAddress(registers.lstar)) continue;
+    entrySeen = true;
+    const memory = new GuestMemory(hypervisor, pageTableRoot(registers.cr3));
+    const base = findImageBelow(memory, registers.lstar);
+    if (base !== undefined) return { base, memory };
+  }
+  if (!entrySeen) throw unsupported('no vCPU runs a 64-bit kernel with a system call entry', {});
+  throw new MemtablesError('KERNEL_NOT_FOUND', 'no vCPU shows a kernel image below its system call entry', {
+    remedy: 'Try again: while every vCPU runs user code under KVA shadow, the kernel is not mapped.',
+    context: { vcpus: hypervisor.vcpuCount },
+  });
+}
+
+function unsupported(reason: string, context: Readonly<Record<string, unknown>>): MemtablesError {
+  return new MemtablesError('GUEST_UNSUPPORTED', `the guest is not supported: ${reason}`, {
+    remedy: 'Attach to a 64-bit Windows guest with 4-level paging, once it has booted.',
+    context,
+  });
+}
+
+function findImageBelow(memory: GuestMemory, lstar: Gva): Gva | undefined {
+  const lowest = lstar - BigInt(MAX_IMAGE_BYTES);
+  for (let page = pageBase(lstar); page > lowest && isKernelAddress(page); page -= BigInt(PAGE_SIZE)) {
+    if (!memory.isMapped(page) || memory.readU16(page) !== DOS_MAGIC) continue;
+    if (lstar < page + BigInt(imageSize(memory, page))) return page;
+  }
+  return undefined;
+}
+
+/** The size of the PE64 image at `base`, 0 if there is none: data may well look like an MZ header. */
+function imageSize(memory: GuestMemory, base: Gva): number {
+  try {
+    const { sizeOfImage } = PeImage.fromMemory((rva, length) => memory.read(base + BigInt(rva), length));
+    return sizeOfImage <= MAX_IMAGE_BYTES ? sizeOfImage : 0;
+  } catch (error) {
+    if (error instanceof MemtablesError && NOT_AN_IMAGE.has(error.code)) return 0;
+    throw error;
+  }
+}
+
+const NOT_AN_IMAGE: ReadonlySet<string> = new Set([
+  'IMAGE_INVALID',
+  'GUEST_UNSUPPORTED',
+  'GUEST_MEMORY_UNMAPPED',
+]);
+
+/** Copies the whole image, so that everything derived from it fits together. */
+function readImage(memory: GuestMemory, base: Gva): { image: PeImage; holes: ReadonlySet<number> } {
+  const size = imageSize(memory, base);
+  const copy = Buffer.alloc(Math.ceil(size / PAGE_SIZE) * PAGE_SIZE);
+  const holes = new Set<number>();
+  for (let rva = 0; rva < copy.length; rva += PAGE_SIZE) {
+    const page = base + BigInt(rva);
+    if (memory.isMapped(page)) copy.set(memory.read(page, PAGE_SIZE), rva);
+    else holes.add(rva);
+  }
+  return { image: PeImage.fromMemory((rva, length) => copy.subarray(rva, rva + length)), holes };
+}
+
+function checkIdentity(found: PdbReference | undefined, profile: Profile): void {
+  const wanted = profile.pdb;
+  if (
+    found !== undefined &&
+    found.guid === wanted.guid &&
+    found.age === wanted.age &&
+    found.name.toLowerCase() === wanted.name.toLowerCase()
+  ) {
+    return;
+  }
+  const guest = found === undefined ? 'a kernel that names no PDB' : describePdb(found);
+  throw new MemtablesError(
+    'PROFILE_MISMATCH',
+    `the guest runs ${guest}, the profile describes ${describePdb(wanted)}`,
+    {
+      remedy: `Use a profile made from the PDB of the guest's kernel${found === undefined ? '' : ` (${describePdb(found)})`}.`,
+      context: { guest: found, profile: wanted, source: profile.source },
+    },
+  );
+}
+
+function describePdb(pdb: PdbReference): string {
+  return `${pdb.name} ${pdb.guid}-${pdb.age}`;
+}
+
+/** Only what the kernel itself discards or pages out may be missing. */
+function checkHoles(image: PeImage, holes: ReadonlySet<number>, base: Gva): void {
+  for (const { name, rva, virtualSize, discardable, ...section } of image.sections) {
+    if (discardable || isPageable({ name, rva, virtualSize, discardable, ...section })) continue;
+    for (let page = rva - (rva % PAGE_SIZE); page < rva + virtualSize; page += PAGE_SIZE) {
+      if (!holes.has(page)) continue;
+      throw new MemtablesError(
+        'IMAGE_INVALID',
+        `this is a kernel image we cannot read whole: section ${name} has no page at ${hex(base + BigInt(page))}`,
+        {
+          remedy: 'Try again when the guest has finished booting; a guest that hides its kernel is refused.',
+          context: { section: name, rva: page, base },
+        },
+      );
+    }
+  }
+}
+
+/** The System process's page table maps the kernel whatever the vCPUs are doing. */
+function openSystemMemory(
+  hypervisor: Hypervisor,
+  profile: Profile,
+  image: PeImage,
+  base: Gva,
+  memory: GuestMemory,
+): GuestMemory {
+  const pointer = base + BigInt(checkedSymbol(profile, image, 'PsInitialSystemProcess'));
+  const system = kernelPointer(memory.readU64(pointer), 'PsInitialSystemProcess');
+  const root = new Layout(profile, '_KPROCESS', { DirectoryTableBase: 8 }).read(memory, system);
+  const pageTable: Gpa = pageTableRoot(root.u64('DirectoryTableBase'));
+  if (hypervisor.translate(pageTable, base) !== memory.translate(base)) {
+    throw structureInvalid('the page table of the System process does not map the kernel', {
+      system,
+      pageTable,
+      base,
+    });
+  }
+  return new GuestMemory(hypervisor, pageTable);
+}
+
+function readSsdtRange(memory: GuestMemory, profile: Profile, image: PeImage, base: Gva): GvaRange {
+  const rva = checkedSymbol(profile, image, 'KiServiceTable');
+  const services = memory.readU32(base + BigInt(checkedSymbol(profile, image, 'KiServiceLimit')));
+  const size = services * SSDT_ENTRY_SIZE;
+  if (services === 0 || services > MAX_SERVICES || rva + size > image.sizeOfImage) {
+    throw structureInvalid(`the system service table is said to have ${services} entries`, { rva, services });
+  }
+  const start = base + BigInt(rva);
+  return { start, end: start + BigInt(size) };
+}
+
+function checkedSymbol(profile: Profile, image: PeImage, name: string): number {
+  const rva = profile.symbol(name);
+  if (rva < image.sizeOfImage) return rva;
+  throw new MemtablesError('PROFILE_INVALID', `symbol ${name} lies outside the kernel image`, {
+    remedy: 'Make the profile again from the PDB of this kernel.',
+    context: { symbol: name, rva, sizeOfImage: image.sizeOfImage, profile: profile.source },
+  });
+}

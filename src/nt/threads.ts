@@ -1,0 +1,136 @@
+import { type Gva, hex } from '../vmi/address.js';
+import type { Kernel } from './kernel.js';
+import { walkList } from './list.js';
+import { type Process, readProcess } from './processes.js';
+import { isKernelAddress, kernelPointer, Layout, structureInvalid } from './structure.js';
+
+/** More threads in one process than its handle table and memory allow. */
+const MAX_THREADS_PER_PROCESS = 0x1_0000;
+/** NT's large stacks have 72 KB. */
+const MAX_STACK_BYTES = 0x2_0000n;
+const STACK_ALIGNMENT = 8n;
+/** CLIENT_ID is UniqueProcess, UniqueThread: part of the public ABI. */
+const CLIENT_ID_SIZE = 16;
+const UNIQUE_THREAD = 8;
+
+/** The KTHREAD_STATE values that matter here. */
+export const ThreadState = { Running: 2, Terminated: 4 } as const;
+
+export interface Thread {
+  /** Its ETHREAD, which is its KTHREAD too. */
+  readonly gva: Gva;
+  readonly process: Process;
+  readonly tid: bigint;
+  readonly state: number;
+  readonly waitReason: number;
+  /** The saved stack pointer; stale while the thread runs. */
+  readonly kernelStack: Gva;
+  readonly initialStack: Gva;
+  /** Exclusive upper end and inclusive lower end of its kernel stack; see `checkedStack`. */
+  readonly stackBase: Gva;
+  readonly stackLimit: Gva;
+}
+
+export interface Stack {
+  /** Exclusive upper end. */
+  readonly base: Gva;
+  /** Inclusive lower end. */
+  readonly limit: Gva;
+}
+
+/**
+ * Every thread in the list of `process`, terminated ones too.
+ *
+ * @throws MemtablesError `GUEST_STRUCTURE_INVALID`, `GUEST_MEMORY_UNMAPPED` when the list does not add up
+ */
+export function* threads(kernel: Kernel, process: Process): Generator<Thread> {
+  const { memory, profile } = kernel;
+  const head = process.gva + BigInt(profile.offset('_EPROCESS', 'ThreadListHead'));
+  const links = BigInt(profile.offset('_ETHREAD', 'ThreadListEntry'));
+  for (const entry of walkList(memory, head, MAX_THREADS_PER_PROCESS, `threads of process ${process.pid}`)) {
+    const gva = entry - links;
+    const thread = readThreadOf(kernel, gva, process);
+    if (thread === undefined) {
+      throw structureInvalid(`the thread at ${hex(gva)} is in the list of a process that is not its own`, {
+        thread: gva,
+        process: process.gva,
+      });
+    }
+    yield thread;
+  }
+}
+
+/** The thread whose ETHREAD is at `gva`, listed or not. @throws as `threads` does */
+export function readThread(kernel: Kernel, gva: Gva): Thread {
+  kernelPointer(gva, 'an ETHREAD');
+  const owner = new Layout(kernel.profile, '_KTHREAD', { Process: 8 })
+    .read(kernel.memory, gva)
+    .u64('Process');
+  return readThreadOf(kernel, gva, readProcess(kernel, owner))!;
+}
+
+function readThreadOf(kernel: Kernel, gva: Gva, process: Process): Thread | undefined {
+  kernelPointer(gva, 'an ETHREAD');
+  // KTHREAD is the first member of ETHREAD.
+  const fields = new Layout(kernel.profile, '_KTHREAD', {
+    InitialStack: 8,
+    StackLimit: 8,
+    StackBase: 8,
+    KernelStack: 8,
+    State: 1,
+    WaitReason: 1,
+    Process: 8,
+  }).read(kernel.memory, gva);
+  if (fields.u64('Process') !== process.gva) return undefined;
+  const cid = new Layout(kernel.profile, '_ETHREAD', { Cid: CLIENT_ID_SIZE }).read(kernel.memory, gva);
+  return {
+    gva,
+    process,
+    tid: cid.bytesOf('Cid', CLIENT_ID_SIZE).readBigUInt64LE(UNIQUE_THREAD),
+    state: fields.u8('State'),
+    waitReason: fields.u8('WaitReason'),
+    kernelStack: fields.u64('KernelStack'),
+    initialStack: fields.u64('InitialStack'),
+    stackBase: fields.u64('StackBase'),
+    stackLimit: fields.u64('StackLimit'),
+  };
+}
+
+/**
+ * The bounds of a thread's kernel stack. Only a thread that is not terminated, or still runs, has one.
+ *
+ * @throws MemtablesError `GUEST_STRUCTURE_INVALID` when they cannot be those of a stack
+ */
+export function checkedStack(thread: Thread): Stack {
+  const { stackBase: base, stackLimit: limit } = thread;
+  const sane =
+    isKernelAddress(limit) &&
+    isKernelAddress(base) &&
+    limit < base &&
+    base - limit <= MAX_STACK_BYTES &&
+    base % STACK_ALIGNMENT === 0n &&
+    limit % STACK_ALIGNMENT === 0n;
+  if (!sane) {
+    throw structureInvalid(
+      `thread ${thread.tid} of process ${thread.process.pid} has no possible stack: ${hex(limit)} to ${hex(base)}`,
+      { thread: thread.gva, stackLimit: limit, stackBase: base },
+    );
+  }
+  return { base, limit };
+}
+
+/**
+ * The stack pointer of a thread that no vCPU runs.
+ *
+ * @throws MemtablesError `GUEST_STRUCTURE_INVALID` when it lies outside the thread's stack
+ */
+export function savedStackPointer(thread: Thread): Gva {
+  const { base, limit } = checkedStack(thread);
+  if (thread.kernelStack < limit || thread.kernelStack > base) {
+    throw structureInvalid(
+      `thread ${thread.tid} of process ${thread.process.pid} saved a stack pointer outside its stack: ${hex(thread.kernelStack)}`,
+      { thread: thread.gva, kernelStack: thread.kernelStack, stackLimit: limit, stackBase: base },
+    );
+  }
+  return thread.kernelStack;
+}
