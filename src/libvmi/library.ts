@@ -1,0 +1,104 @@
+import { fileURLToPath } from 'node:url';
+import koffi, { type LibraryHandle } from 'koffi';
+import { MemtablesError } from '../errors.js';
+import { EVENTS_VERSION } from './abi.js';
+
+/** Every function that a session calls: its result and its arguments. `vmi_instance_t` is a `void *`. */
+const SIGNATURES = {
+  vmi_events_version: ['uint32_t', []],
+  vmi_init: ['uint32_t', ['void *', 'uint32_t', 'str', 'uint64_t', 'void *', 'void *']],
+  vmi_init_paging: ['uint32_t', ['void *', 'uint64_t']],
+  vmi_destroy: ['uint32_t', ['void *']],
+  vmi_get_num_vcpus: ['uint32_t', ['void *']],
+  vmi_get_max_physical_address: ['uint64_t', ['void *']],
+  vmi_pause_vm: ['uint32_t', ['void *']],
+  vmi_resume_vm: ['uint32_t', ['void *']],
+  vmi_read_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
+  vmi_write_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
+  vmi_pagetable_lookup: ['uint32_t', ['void *', 'uint64_t', 'uint64_t', 'void *']],
+  vmi_pagecache_flush: ['void', ['void *']],
+  vmi_v2pcache_flush: ['void', ['void *', 'uint64_t']],
+  vmi_get_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
+  vmi_set_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
+  vmi_register_event: ['uint32_t', ['void *', 'void *']],
+  vmi_set_mem_event: ['uint32_t', ['void *', 'uint64_t', 'uint8_t', 'uint16_t']],
+  vmi_events_listen: ['uint32_t', ['void *', 'uint32_t']],
+} as const satisfies Record<string, readonly [result: string, parameters: readonly string[]]>;
+
+export type FunctionName = keyof typeof SIGNATURES;
+
+/** In the order of their numbers in a heartbeat. */
+export const FUNCTION_NAMES = Object.keys(SIGNATURES) as readonly FunctionName[];
+
+export type Argument = number | bigint | string | ArrayBufferView | null;
+type NativeFunction = (...args: readonly Argument[]) => number | bigint;
+
+/** A loaded library with libvmi's C ABI. */
+export interface Libvmi {
+  readonly path: string;
+  readonly functions: Readonly<Record<FunctionName, NativeFunction>>;
+}
+
+export const LIBRARY_VARIABLE = 'MEMTABLES_LIBVMI';
+
+/** Where the build leaves the bundled library; the same from `src/` and from `dist/`. */
+const BUNDLED_LIBRARY = fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url));
+
+/**
+ * Loads a library with libvmi's C ABI: the one at `path`, else the one that `MEMTABLES_LIBVMI` names, else the
+ * bundled one. A path without a slash is looked up as the dynamic linker does.
+ *
+ * @throws MemtablesError `LIBRARY_NOT_LOADED` when it cannot be loaded, `LIBRARY_INCOMPATIBLE` when it has
+ * another event layout or lacks a function.
+ */
+export function loadLibvmi(path: string | undefined): Libvmi {
+  const chosen = path ?? (process.env[LIBRARY_VARIABLE] || BUNDLED_LIBRARY);
+  const library = open(chosen);
+  const missing: FunctionName[] = [];
+  const functions = {} as Record<FunctionName, NativeFunction>;
+  for (const name of FUNCTION_NAMES) {
+    const [result, parameters] = SIGNATURES[name];
+    try {
+      functions[name] = library.func(name, result, [...parameters]);
+    } catch {
+      missing.push(name);
+    }
+  }
+  // The version first: another libvmi may well lack functions, and its version says more than their names.
+  if (!missing.includes('vmi_events_version')) checkVersion(chosen, functions.vmi_events_version());
+  if (missing.length > 0) {
+    throw new MemtablesError('LIBRARY_INCOMPATIBLE', `${chosen} lacks ${missing.join(', ')}`, {
+      remedy: 'Name a libvmi 0.15 that was built with its KVM driver and events, or use the bundled library.',
+      context: { path: chosen, missing },
+    });
+  }
+  return { path: chosen, functions };
+}
+
+function open(path: string): LibraryHandle {
+  try {
+    return koffi.load(path);
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new MemtablesError('LIBRARY_NOT_LOADED', `${path} could not be loaded: ${reason}`, {
+      remedy:
+        path === BUNDLED_LIBRARY
+          ? 'Run `npm run setup`, which builds it.'
+          : `Check --libvmi and ${LIBRARY_VARIABLE}, and that the libraries it needs can be found (ldd).`,
+      context: { path },
+      cause,
+    });
+  }
+}
+
+function checkVersion(path: string, version: number | bigint): void {
+  if (version === EVENTS_VERSION) return;
+  throw new MemtablesError(
+    'LIBRARY_INCOMPATIBLE',
+    `${path} has version ${version} of libvmi's events; only version ${EVENTS_VERSION} is known`,
+    {
+      remedy: 'Name a libvmi 0.15, or use the bundled library.',
+      context: { path, version, expected: EVENTS_VERSION },
+    },
+  );
+}

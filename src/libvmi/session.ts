@@ -1,0 +1,377 @@
+import { MemtablesError } from '../errors.js';
+import { type Gfn, type Gpa, type Gva, gpaOfFrame, hex, PAGE_SIZE } from '../vmi/address.js';
+import type { Hypervisor, ViolationHandler } from '../vmi/hypervisor.js';
+import type { Registers } from '../x86/registers.js';
+import * as abi from './abi.js';
+import { NativeCalls } from './calls.js';
+import { ViolationEvents } from './events.js';
+import { type Argument, type FunctionName, loadLibvmi } from './library.js';
+import { NativeBlock } from './native-block.js';
+import { prepareSocketPath, removeSocket } from './socket-path.js';
+import { Heartbeat } from './watchdog.js';
+
+export interface SessionOptions {
+  /** The VM's name, as libvmi knows it. */
+  readonly name: string;
+  /** The unix socket to listen on; the hypervisor connects to it. */
+  readonly socket: string;
+  /** A library with libvmi's C ABI; see `loadLibvmi`. */
+  readonly libraryPath?: string;
+  /** Where a `Watchdog` in another thread sees the native calls; from `createHeartbeat`. */
+  readonly heartbeat?: SharedArrayBuffer;
+}
+
+/** How long libvmi waits for the hypervisor to connect. */
+const CONNECT_MS = 10_000;
+/** What libvmi passes on as a signed 32-bit integer. */
+const MAX_TIMEOUT_MS = 0x7fff_ffff;
+/** The part of CR3 that is an address: neither PCID nor flags. */
+const PAGE_TABLE_MASK = 0x000f_ffff_ffff_f000n;
+const VIRTUAL_BITS = 48;
+/** Vcpus report one event at a time; a drained guest is silent after a round or two. */
+const MAX_DRAIN_ROUNDS = 100;
+/** KVM has one view of memory unless more are made. */
+const DEFAULT_VIEW = 0;
+
+const REGISTER_NAMES = Object.keys(abi.REGISTER_OFFSETS) as readonly (keyof Registers)[];
+
+/**
+ * Attaches to the VM `name`: listens on `socket` and waits about 10 seconds for the hypervisor to connect.
+ *
+ * @throws MemtablesError `INVALID_ARGUMENT` for a name or socket that cannot be, what `loadLibvmi` throws,
+ * `ATTACH_FAILED` when nobody connects or the VM is unknown, `GUEST_UNSUPPORTED` for a guest without 4-level paging
+ */
+export function openSession(options: SessionOptions): LibvmiSession {
+  if (options.name === '' || options.name.includes('\0')) {
+    throw new MemtablesError('INVALID_ARGUMENT', 'the name of the VM is empty or holds a zero', {
+      remedy: 'Give the name of the VM.',
+      context: { name: options.name },
+    });
+  }
+  prepareSocketPath(options.socket);
+  const calls = new NativeCalls(loadLibvmi(options.libraryPath), new Heartbeat(options.heartbeat));
+  const session = new LibvmiSession(calls, connect(calls, options));
+  try {
+    session.start();
+    return session;
+  } catch (error) {
+    session.close();
+    throw error;
+  }
+}
+
+/** Returns the `vmi_instance_t`. */
+function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
+  const path = NativeBlock.ofString(socket);
+  const initData = new NativeBlock(abi.INIT_DATA.size);
+  initData.setU64(abi.INIT_DATA.count, 1n);
+  initData.setU64(abi.INIT_DATA.entryType, BigInt(abi.INIT_DATA_KVMI_SOCKET));
+  initData.setU64(abi.INIT_DATA.entryData, path.address);
+  const instance = new NativeBlock(abi.POINTER_SIZE);
+  const reason = new NativeBlock(Uint32Array.BYTES_PER_ELEMENT);
+  const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
+  try {
+    const status = calls.waitingCall(
+      CONNECT_MS,
+      'vmi_init',
+      instance.bytes,
+      abi.MODE_KVM,
+      name,
+      flags,
+      initData.bytes,
+      reason.bytes,
+    );
+    if (status === abi.STATUS_SUCCESS) return instance.u64(0);
+  } finally {
+    // A hypervisor that came back would be accepted, but without the restrictions and events it had before.
+    removeSocket(socket);
+  }
+  throw attachFailure(reason.u32(0), calls.library.path, name, socket);
+}
+
+function attachFailure(code: number, library: string, name: string, socket: string): MemtablesError {
+  const remedies: Record<number, string> = {
+    [abi.INIT_ERROR_DRIVER]: `Start the hypervisor so that it connects to ${socket}; with libvmi itself, libkvmi and libvirt must be installed.`,
+    [abi.INIT_ERROR_VM_NOT_FOUND]: 'Check the name (virsh list).',
+  };
+  return new MemtablesError(
+    'ATTACH_FAILED',
+    `could not attach to ${name} on ${socket}: ${abi.INIT_ERRORS[code] ?? `error ${code}`}`,
+    {
+      remedy: remedies[code] ?? `Check that ${library} was built with its KVM driver and events.`,
+      context: { name, socket, library, code },
+    },
+  );
+}
+
+/**
+ * A guest seen through libvmi. Belongs to one thread, which its calls block; a `Watchdog` in another thread
+ * notices when one never returns.
+ *
+ * Once the hypervisor has gone, or after `close`, every method but `close` throws `HYPERVISOR_GONE` at once.
+ */
+export class LibvmiSession implements Hypervisor {
+  readonly vcpuCount: number;
+  readonly maxPhysicalAddress: Gpa;
+  readonly #calls: NativeCalls;
+  readonly #instance: bigint;
+  readonly #events: ViolationEvents;
+  readonly #trapped = new Set<Gfn>();
+  readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
+  readonly #word = new NativeBlock(BigUint64Array.BYTES_PER_ELEMENT);
+  #pauses = 0;
+  #gone = false;
+  #closed = false;
+
+  /** Use `openSession`. */
+  constructor(calls: NativeCalls, instance: bigint) {
+    this.#calls = calls;
+    this.#instance = instance;
+    this.#events = new ViolationEvents(calls.heartbeat);
+    this.vcpuCount = calls.call('vmi_get_num_vcpus', instance);
+    this.maxPhysicalAddress = calls.call64('vmi_get_max_physical_address', instance);
+  }
+
+  /** The second half of attaching, which can fail on a guest that is there. */
+  start(): void {
+    const mode = this.#call('vmi_init_paging', 0);
+    if (mode !== abi.PAGE_MODE_IA32E) {
+      this.registers(0);
+      throw new MemtablesError('GUEST_UNSUPPORTED', 'the guest does not run with 4-level paging', {
+        remedy: 'Only 64-bit guests are supported; attach once the guest has booted.',
+        context: { pageMode: mode },
+      });
+    }
+    this.#check('vmi_register_event', this.#events.address);
+  }
+
+  readPhysical(gpa: Gpa, length: number): Uint8Array {
+    this.#assertAlive();
+    this.#assertInMemory(gpa, length);
+    const bytes = Buffer.alloc(length);
+    if (length > 0) this.#check('vmi_read_pa', gpa, length, bytes, null);
+    return bytes;
+  }
+
+  /** @throws MemtablesError `NOT_QUIESCENT` while the guest runs, and inside a violation handler */
+  writePhysical(gpa: Gpa, bytes: Uint8Array): void {
+    this.#assertMayWrite('writePhysical');
+    this.#assertInMemory(gpa, bytes.length);
+    if (bytes.length > 0) this.#check('vmi_write_pa', gpa, bytes.length, bytes, null);
+  }
+
+  translate(pageTable: Gpa, gva: Gva): Gpa | undefined {
+    this.#assertAlive();
+    // libvmi ignores the upper bits of a virtual address; the processor faults.
+    if (BigInt.asUintN(64, BigInt.asIntN(VIRTUAL_BITS, gva)) !== gva) return undefined;
+    const root = pageTable & PAGE_TABLE_MASK;
+    const status = this.#call('vmi_pagetable_lookup', root, gva, this.#word.bytes);
+    if (status === abi.STATUS_SUCCESS) return this.#word.u64(0);
+    // Not mapped, or nobody there to ask.
+    const failure = this.#failure('vmi_pagetable_lookup');
+    if (failure.code === 'HYPERVISOR_GONE') throw failure;
+    return undefined;
+  }
+
+  flushCaches(): void {
+    this.#assertAlive();
+    this.#call('vmi_pagecache_flush');
+    this.#call('vmi_v2pcache_flush', abi.EVERY_PAGE_TABLE);
+  }
+
+  registers(vcpu: number): Registers {
+    this.#assertAlive();
+    this.#loadRegisters(vcpu);
+    return Object.fromEntries(
+      REGISTER_NAMES.map((name) => [name, this.#registers.u64(abi.REGISTER_OFFSETS[name])]),
+    ) as unknown as Registers;
+  }
+
+  /** @throws MemtablesError `NOT_QUIESCENT` while the guest runs, and inside a violation handler */
+  setRegisters(vcpu: number, registers: Registers): void {
+    this.#assertMayWrite('setRegisters');
+    // The whole file in one call: of several single ones all but the last may be lost.
+    this.#loadRegisters(vcpu);
+    for (const name of REGISTER_NAMES) {
+      if (abi.isSettable(name)) this.#registers.setU64(abi.REGISTER_OFFSETS[name], registers[name]);
+    }
+    this.#check('vmi_set_vcpuregs', this.#registers.address, vcpu);
+  }
+
+  /** Counted: the guest runs again after as many calls of `resume`. */
+  pause(): void {
+    this.#assertOutsideHandler('pause');
+    if (this.#pauses === 0) this.#check('vmi_pause_vm');
+    this.#pauses++;
+  }
+
+  resume(): void {
+    this.#assertOutsideHandler('resume');
+    if (this.#pauses === 0) {
+      throw new MemtablesError('INVALID_ARGUMENT', 'the guest is not paused', {
+        remedy: 'Call resume once for each pause.',
+      });
+    }
+    const status = this.#pauses === 1 ? this.#call('vmi_resume_vm') : abi.STATUS_SUCCESS;
+    if (status === abi.STATUS_SUCCESS) this.#pauses--;
+    this.#events.rethrow();
+    if (status !== abi.STATUS_SUCCESS) throw this.#failure('vmi_resume_vm');
+  }
+
+  trapAccess(gfn: Gfn): void {
+    // libvmi refuses to trap reads alone.
+    this.#setTrappedAccess(gfn, abi.ACCESS_READ | abi.ACCESS_WRITE);
+    this.#trapped.add(gfn);
+  }
+
+  releaseAccess(gfn: Gfn): void {
+    this.#setTrappedAccess(gfn, abi.ACCESS_NONE);
+    this.#trapped.delete(gfn);
+  }
+
+  onViolation(handler: ViolationHandler | undefined): void {
+    this.#events.handler = handler;
+  }
+
+  listen(timeoutMs: number): number {
+    this.#assertOutsideHandler('listen');
+    if (!Number.isInteger(timeoutMs) || timeoutMs < 0 || timeoutMs > MAX_TIMEOUT_MS) {
+      throw new MemtablesError('INVALID_ARGUMENT', `${timeoutMs} is not a timeout`, {
+        remedy: `Give whole milliseconds from 0 to ${MAX_TIMEOUT_MS}.`,
+        context: { timeoutMs },
+      });
+    }
+    const before = this.#events.answered;
+    const status = this.#calls.waitingCall(timeoutMs, 'vmi_events_listen', this.#instance, timeoutMs);
+    this.#events.rethrow();
+    if (status !== abi.STATUS_SUCCESS) throw this.#failure('vmi_events_listen');
+    return this.#events.answered - before;
+  }
+
+  /**
+   * Gives every frame its permissions back (libvmi itself would leave them), answers what is outstanding, lets
+   * the guest run and detaches. Does nothing the second time; a hypervisor that has gone is no error.
+   */
+  close(): void {
+    if (this.#closed) return;
+    if (this.#events.inHandler) throw refusedInHandler('close');
+    try {
+      if (!this.#gone) this.#giveBack();
+    } catch (error) {
+      if (!this.#gone) throw error;
+    } finally {
+      this.#closed = true;
+      this.#call('vmi_destroy');
+      this.#events.dispose();
+    }
+    this.#events.rethrow();
+  }
+
+  #giveBack(): void {
+    for (const gfn of [...this.#trapped]) this.releaseAccess(gfn);
+    this.#drain();
+    if (this.#pauses > 0) {
+      this.#pauses = 0;
+      this.#check('vmi_resume_vm');
+      this.#drain();
+    }
+  }
+
+  /** Answers until a whole round of register reads, served by each vCPU itself, brings no event. */
+  #drain(): void {
+    for (let round = 0; round < MAX_DRAIN_ROUNDS; round++) {
+      const before = this.#events.answered;
+      for (let vcpu = 0; vcpu < this.vcpuCount; vcpu++) this.#loadRegisters(vcpu);
+      this.#check('vmi_events_listen', 0);
+      if (this.#events.answered === before) return;
+    }
+  }
+
+  #setTrappedAccess(gfn: Gfn, access: number): void {
+    this.#assertAlive();
+    // For a frame outside, libvmi would believe that the guest has that much memory.
+    this.#assertInMemory(gpaOfFrame(gfn), PAGE_SIZE);
+    this.#check('vmi_set_mem_event', gfn, access, DEFAULT_VIEW);
+  }
+
+  #loadRegisters(vcpu: number): void {
+    if (!Number.isInteger(vcpu) || vcpu < 0 || vcpu >= this.vcpuCount) {
+      throw new MemtablesError('INVALID_ARGUMENT', `there is no vCPU ${vcpu}`, {
+        remedy: `Give a number below ${this.vcpuCount}.`,
+        context: { vcpu, vcpuCount: this.vcpuCount },
+      });
+    }
+    this.#check('vmi_get_vcpuregs', this.#registers.address, vcpu);
+  }
+
+  #call(name: FunctionName, ...args: readonly Argument[]): number {
+    return this.#calls.call(name, this.#instance, ...args);
+  }
+
+  #check(name: FunctionName, ...args: readonly Argument[]): void {
+    if (this.#call(name, ...args) !== abi.STATUS_SUCCESS) throw this.#failure(name, args);
+  }
+
+  /** What a failed call means: libvmi does not say whether the hypervisor is still there. */
+  #failure(name: FunctionName, args: readonly Argument[] = []): MemtablesError {
+    const { address } = this.#registers;
+    if (this.#call('vmi_get_vcpuregs', address, 0) !== abi.STATUS_SUCCESS) {
+      this.#gone = true;
+      return this.#unavailable();
+    }
+    return new MemtablesError('HYPERVISOR_FAILED', `${name} failed`, {
+      remedy: 'Set LIBVMI_DEBUG=1 to see why, if libvmi was built with ENV_DEBUG.',
+      context: { call: name, arguments: args.filter((value) => typeof value !== 'object') },
+    });
+  }
+
+  #unavailable(): MemtablesError {
+    return new MemtablesError(
+      'HYPERVISOR_GONE',
+      this.#closed ? 'the session is closed' : 'the hypervisor has closed the connection',
+      { remedy: 'Attach again; if a journal was left behind, recover from it first.' },
+    );
+  }
+
+  #assertAlive(): void {
+    if (this.#closed || this.#gone) throw this.#unavailable();
+  }
+
+  /** Inside a handler, libvmi's resume waits for ever for the vCPU that waits for the handler's answer. */
+  #assertOutsideHandler(method: string): void {
+    this.#assertAlive();
+    if (this.#events.inHandler) throw refusedInHandler(method);
+  }
+
+  /**
+   * A vCPU that runs, or whose violation is being handled, may already have decoded what a write replaces.
+   */
+  #assertMayWrite(method: string): void {
+    this.#assertOutsideHandler(method);
+    if (this.#pauses > 0) return;
+    throw new MemtablesError('NOT_QUIESCENT', `${method} was called while the guest runs`, {
+      remedy: 'Write inside whileQuiescent.',
+    });
+  }
+
+  #assertInMemory(gpa: Gpa, length: number): void {
+    const inside =
+      Number.isInteger(length) && length >= 0 && gpa >= 0n && gpa + BigInt(length) <= this.maxPhysicalAddress;
+    if (inside) return;
+    throw new MemtablesError(
+      'HYPERVISOR_FAILED',
+      `the guest has no memory of ${length} bytes at ${hex(gpa)}`,
+      {
+        remedy: 'A page table or structure of the guest holds an impossible address.',
+        context: { gpa, length, maxPhysicalAddress: this.maxPhysicalAddress },
+      },
+    );
+  }
+}
+
+function refusedInHandler(method: string): MemtablesError {
+  return new MemtablesError('NOT_QUIESCENT', `${method} was called inside a violation handler`, {
+    remedy: 'Note what is to be done, and do it after listen has returned.',
+    context: { method },
+  });
+}
