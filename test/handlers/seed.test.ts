@@ -1,0 +1,140 @@
+import { describe, expect, it } from 'vitest';
+import type { TableLoad } from '../../src/handlers/plan.js';
+import {
+  planSeedHandler,
+  SEED_BLOCK_SIZE,
+  SEED_HEADER_SIZE,
+  SEED_MAX_ENTRIES,
+  seedHandlerSize,
+} from '../../src/handlers/seed.js';
+import { GPR_NAMES } from '../../src/x86/registers.js';
+
+/** The example of the document: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
+const LOAD: TableLoad = {
+  gva: 0xffff_8000_1234_0000n,
+  length: 7,
+  dst: 'rcx',
+  dstBits: 32,
+  idx: 'rax',
+  base: 'rdx',
+  addressBits: 64,
+};
+const HANDLER = 0xffff_8000_5678_0000n;
+const ENTRIES = Uint32Array.of(0x1000, 0x2000, 0x3000, 0x4000);
+
+function planned(load: Partial<TableLoad> = {}, entries = ENTRIES, handler = HANDLER) {
+  const plan = planSeedHandler({ ...LOAD, ...load }, entries, handler);
+  if (plan.refused !== undefined) throw new Error(`refused: ${plan.refused}`);
+  return plan;
+}
+
+function refused(load: Partial<TableLoad>, entries = ENTRIES, handler = HANDLER) {
+  return planSeedHandler({ ...LOAD, ...load }, entries, handler).refused;
+}
+
+function hexBytes(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString('hex');
+}
+
+describe('encoding', () => {
+  it("the document's example, byte for byte", () => {
+    const plan = planned();
+    const expected = [
+      '9c', // pushfq
+      '4851', // push rcx
+      '4850', // push rax
+      'c74424082f007856', // mov dword [rsp+8], 0x5678002f
+      'c744240c0080ffff', // mov dword [rsp+12], 0xffff8000
+      '486bc00b', // imul rax, rax, 11
+      '4801442408', // add [rsp+8], rax
+      '4858', // pop rax
+      '4859', // pop rcx
+      '48c74424f800000000', // mov qword [rsp-8], 0
+      '9d', // popfq
+      '40ffe1', // jmp rcx
+      ...['40b900100000', 'e9cdffbbbb'],
+      ...['40b900200000', 'e9c2ffbbbb'],
+      ...['40b900300000', 'e9b7ffbbbb'],
+      ...['40b900400000', 'e9acffbbbb'],
+    ];
+    expect(hexBytes(plan.handler.bytes)).toBe(expected.join(''));
+    expect(plan.handler.gva).toBe(HANDLER);
+    expect(plan.blocks).toBe(0x2f);
+    expect(plan.back).toBe(0xffff_8000_1234_0007n);
+    expect(plan.site).toEqual({ gva: LOAD.gva, bytes: Buffer.from('e9fbff43449090', 'hex') });
+  });
+
+  it.each([
+    ['r9', 'r10', '9c 4951 4952', '4d6bd20b 4c01542408 495a 4959', '41ffe1', '41b9'],
+    ['rcx', 'r12', '9c 4851 4954', '4d6be40b 4c01642408 495c 4859', '40ffe1', '40b9'],
+    ['r13', 'rbp', '9c 4955 4855', '486bed0b 48016c2408 485d 495d', '41ffe5', '41bd'],
+    ['rdi', 'rdi', '9c 4857 4857', '486bff0b 48017c2408 485f 485f', '40ffe7', '40bf'],
+  ] as const)('dst %s, idx %s', (dst, idx, pushes, computation, jump, block) => {
+    const bytes = hexBytes(planned({ dst, idx }).handler.bytes);
+    const compact = (text: string) => text.replaceAll(' ', '');
+    expect(bytes.slice(0, 10)).toBe(compact(pushes));
+    expect(bytes.slice(42, 68)).toBe(compact(computation));
+    expect(bytes.slice(88, 94)).toBe(jump);
+    expect(bytes.slice(94, 98)).toBe(block);
+  });
+
+  it('has one size for all choices of registers', () => {
+    for (const dst of GPR_NAMES) {
+      for (const idx of GPR_NAMES) {
+        if (dst === 'rsp' || idx === 'rsp') continue;
+        const { handler, site } = planned({ dst, idx, length: 8 });
+        expect(handler.bytes.length).toBe(SEED_HEADER_SIZE + 4 * SEED_BLOCK_SIZE);
+        expect(handler.bytes.length).toBe(seedHandlerSize(4));
+        expect(site.bytes.length).toBe(8);
+      }
+    }
+  });
+
+  it('takes 256 entries', () => {
+    expect(planned({}, new Uint32Array(SEED_MAX_ENTRIES)).handler.bytes.length).toBe(47 + 256 * 11);
+  });
+});
+
+describe('refusal', () => {
+  it.each([
+    ['site-too-short', { length: 4 }],
+    ['address-size-prefix', { addressBits: 32 }],
+    ['destination-not-32-bit', { dstBits: 64 }],
+    ['destination-not-32-bit', { dstBits: 16 }],
+    ['destination-is-rsp', { dst: 'rsp' }],
+    ['index-is-rsp', { idx: 'rsp' }],
+    ['base-is-rsp', { base: 'rsp' }],
+  ] as const)('%s', (reason, change) => {
+    expect(refused(change)).toBe(reason);
+  });
+
+  it('no-entries', () => {
+    expect(refused({}, new Uint32Array(0))).toBe('no-entries');
+  });
+
+  it('too-many-entries', () => {
+    expect(refused({}, new Uint32Array(SEED_MAX_ENTRIES + 1))).toBe('too-many-entries');
+  });
+
+  it('a site of five bytes is long enough', () => {
+    expect(planned({ length: 5 }).site.bytes.length).toBe(5);
+  });
+
+  describe('jump-out-of-range, to the byte', () => {
+    const afterJump = LOAD.gva + 5n;
+    const back = LOAD.gva + 7n;
+    const GB2 = 2n ** 31n;
+    const lastBlockEnd = BigInt(seedHandlerSize(ENTRIES.length));
+
+    it('forwards, the last block must reach back', () => {
+      const furthest = back + GB2 - lastBlockEnd;
+      expect(refused({}, ENTRIES, furthest)).toBeUndefined();
+      expect(refused({}, ENTRIES, furthest + 1n)).toBe('jump-out-of-range');
+    });
+
+    it('backwards, the site must reach the handler', () => {
+      expect(refused({}, ENTRIES, afterJump - GB2)).toBeUndefined();
+      expect(refused({}, ENTRIES, afterJump - GB2 - 1n)).toBe('jump-out-of-range');
+    });
+  });
+});
