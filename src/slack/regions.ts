@@ -1,4 +1,4 @@
-import type { ImageBytes, Section } from '../nt/pe.js';
+import type { Section } from '../nt/pe.js';
 import { type Gva, PAGE_SIZE } from '../vmi/address.js';
 
 /** Unused bytes at the end of a section's last page. */
@@ -31,18 +31,19 @@ export function holdsStableCode(
  * The slack of an image loaded at `imageBase`: for each section that holds stable code, the zero-filled bytes
  * at the very end of its last page, in the order of the sections.
  *
- * @throws whatever `image.read` does; it is asked for bytes behind the sections' ends.
+ * @param read returns guest memory; it is asked for bytes behind the sections' ends, on their last pages.
  */
 export function findSlack(
   imageBase: Gva,
-  image: Pick<ImageBytes, 'sections' | 'sizeOfImage' | 'read'>,
+  sections: readonly Section[],
+  read: (gva: Gva, length: number) => Uint8Array,
 ): SlackRegion[] {
-  return image.sections.filter(holdsStableCode).flatMap((section) => {
+  return sections.filter(holdsStableCode).flatMap((section) => {
     const start = section.rva + section.virtualSize;
     const pageEnd = Math.ceil(start / PAGE_SIZE) * PAGE_SIZE;
-    const laterSections = image.sections.map(({ rva }) => rva).filter((rva) => rva >= start);
-    const end = Math.min(pageEnd, image.sizeOfImage, ...laterSections);
-    const tail = image.read(start, end - start);
+    const laterSections = sections.map(({ rva }) => rva).filter((rva) => rva >= start);
+    const end = Math.min(pageEnd, ...laterSections);
+    const tail = read(imageBase + BigInt(start), end - start);
     const zerosFrom = tail.findLastIndex((byte) => byte !== 0) + 1;
     const size = tail.length - zerosFrom;
     return size === 0 ? [] : [{ section: section.name, gva: imageBase + BigInt(start + zerosFrom), size }];
