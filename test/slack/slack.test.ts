@@ -27,11 +27,8 @@ function image(...sections: Section[]) {
 
 describe('findSlack', () => {
   it('is what lies between the end of a section and the end of its last page', () => {
-    const slack = findSlack(
-      BASE,
-      image(section('.text', 0x1000, 0x2345), section('POOLCODE', 0x4000, 0xff0)),
-    );
-    expect(slack).toEqual([
+    const { slack } = image(section('.text', 0x1000, 0x2345), section('POOLCODE', 0x4000, 0xff0));
+    expect(slack()).toEqual([
       { section: '.text', gva: BASE + 0x3345n, size: 0xcbb },
       { section: 'POOLCODE', gva: BASE + 0x4ff0n, size: 0x10 },
     ]);
