@@ -4,6 +4,33 @@ import type { GprName, Registers } from '../x86/registers.js';
 /** `vmi_events_version()` of the one event layout described here. */
 export const EVENTS_VERSION = 9;
 
+/** Every function that a session calls: its result and its arguments. `vmi_instance_t` is a `void *`. */
+export const SIGNATURES = {
+  vmi_events_version: ['uint32_t', []],
+  vmi_init: ['uint32_t', ['void *', 'uint32_t', 'str', 'uint64_t', 'void *', 'void *']],
+  vmi_init_paging: ['uint32_t', ['void *', 'uint64_t']],
+  vmi_destroy: ['uint32_t', ['void *']],
+  vmi_get_num_vcpus: ['uint32_t', ['void *']],
+  vmi_get_max_physical_address: ['uint64_t', ['void *']],
+  vmi_pause_vm: ['uint32_t', ['void *']],
+  vmi_resume_vm: ['uint32_t', ['void *']],
+  vmi_read_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
+  vmi_write_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
+  vmi_pagetable_lookup: ['uint32_t', ['void *', 'uint64_t', 'uint64_t', 'void *']],
+  vmi_pagecache_flush: ['void', ['void *']],
+  vmi_v2pcache_flush: ['void', ['void *', 'uint64_t']],
+  vmi_get_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
+  vmi_set_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
+  vmi_register_event: ['uint32_t', ['void *', 'void *']],
+  vmi_set_mem_event: ['uint32_t', ['void *', 'uint64_t', 'uint8_t', 'uint16_t']],
+  vmi_events_listen: ['uint32_t', ['void *', 'uint32_t']],
+} as const satisfies Record<string, readonly [result: string, parameters: readonly string[]]>;
+
+export type FunctionName = keyof typeof SIGNATURES;
+
+/** In the order of their numbers in a heartbeat. */
+export const FUNCTION_NAMES = Object.keys(SIGNATURES) as readonly FunctionName[];
+
 export const STATUS_SUCCESS = 0;
 export const MODE_KVM = 1;
 export const INIT_BY_NAME = 1;

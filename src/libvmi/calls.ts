@@ -1,4 +1,5 @@
-import type { Argument, FunctionName, Libvmi } from './library.js';
+import type { FunctionName } from './abi.js';
+import type { Argument, Libvmi } from './library.js';
 import type { Heartbeat } from './watchdog.js';
 
 /** Every call into the library goes through here, so that a watchdog can see it. */

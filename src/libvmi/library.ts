@@ -1,34 +1,7 @@
 import { fileURLToPath } from 'node:url';
 import koffi, { type LibraryHandle } from 'koffi';
 import { MemtablesError } from '../errors.js';
-import { EVENTS_VERSION } from './abi.js';
-
-/** Every function that a session calls: its result and its arguments. `vmi_instance_t` is a `void *`. */
-const SIGNATURES = {
-  vmi_events_version: ['uint32_t', []],
-  vmi_init: ['uint32_t', ['void *', 'uint32_t', 'str', 'uint64_t', 'void *', 'void *']],
-  vmi_init_paging: ['uint32_t', ['void *', 'uint64_t']],
-  vmi_destroy: ['uint32_t', ['void *']],
-  vmi_get_num_vcpus: ['uint32_t', ['void *']],
-  vmi_get_max_physical_address: ['uint64_t', ['void *']],
-  vmi_pause_vm: ['uint32_t', ['void *']],
-  vmi_resume_vm: ['uint32_t', ['void *']],
-  vmi_read_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
-  vmi_write_pa: ['uint32_t', ['void *', 'uint64_t', 'size_t', 'void *', 'void *']],
-  vmi_pagetable_lookup: ['uint32_t', ['void *', 'uint64_t', 'uint64_t', 'void *']],
-  vmi_pagecache_flush: ['void', ['void *']],
-  vmi_v2pcache_flush: ['void', ['void *', 'uint64_t']],
-  vmi_get_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
-  vmi_set_vcpuregs: ['uint32_t', ['void *', 'void *', 'ulong']],
-  vmi_register_event: ['uint32_t', ['void *', 'void *']],
-  vmi_set_mem_event: ['uint32_t', ['void *', 'uint64_t', 'uint8_t', 'uint16_t']],
-  vmi_events_listen: ['uint32_t', ['void *', 'uint32_t']],
-} as const satisfies Record<string, readonly [result: string, parameters: readonly string[]]>;
-
-export type FunctionName = keyof typeof SIGNATURES;
-
-/** In the order of their numbers in a heartbeat. */
-export const FUNCTION_NAMES = Object.keys(SIGNATURES) as readonly FunctionName[];
+import { EVENTS_VERSION, FUNCTION_NAMES, type FunctionName, SIGNATURES } from './abi.js';
 
 export type Argument = number | bigint | string | ArrayBufferView | null;
 type NativeFunction = (...args: readonly Argument[]) => number | bigint;

@@ -5,7 +5,7 @@ import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
 import { NativeCalls } from './calls.js';
 import { ViolationEvents } from './events.js';
-import { type Argument, type FunctionName, loadLibvmi } from './library.js';
+import { type Argument, loadLibvmi } from './library.js';
 import { NativeBlock } from './native-block.js';
 import { prepareSocketPath, removeSocket } from './socket-path.js';
 import { Heartbeat } from './watchdog.js';
@@ -304,16 +304,16 @@ export class LibvmiSession implements Hypervisor {
     this.#check('vmi_get_vcpuregs', this.#registers.address, vcpu);
   }
 
-  #call(name: FunctionName, ...args: readonly Argument[]): number {
+  #call(name: abi.FunctionName, ...args: readonly Argument[]): number {
     return this.#calls.call(name, this.#instance, ...args);
   }
 
-  #check(name: FunctionName, ...args: readonly Argument[]): void {
+  #check(name: abi.FunctionName, ...args: readonly Argument[]): void {
     if (this.#call(name, ...args) !== abi.STATUS_SUCCESS) throw this.#failure(name, args);
   }
 
   /** What a failed call means: libvmi does not say whether the hypervisor is still there. */
-  #failure(name: FunctionName, args: readonly Argument[] = []): MemtablesError {
+  #failure(name: abi.FunctionName, args: readonly Argument[] = []): MemtablesError {
     const { address } = this.#registers;
     if (this.#call('vmi_get_vcpuregs', address, 0) !== abi.STATUS_SUCCESS) {
       this.#gone = true;

@@ -1,5 +1,5 @@
 import { MemtablesError } from '../errors.js';
-import { FUNCTION_NAMES, type FunctionName } from './library.js';
+import { FUNCTION_NAMES, type FunctionName } from './abi.js';
 
 // The words of a heartbeat. A change of PROGRESS says that the words before it belong together.
 const CALL = 0;
