@@ -1,7 +1,8 @@
 import { encodeJump, JUMP_LENGTH, rel32 } from '../handlers/jump.js';
 import type { Patch, Refused } from '../handlers/plan.js';
 import type { Gva } from '../vmi/address.js';
-import { MAX_INSTRUCTION_LENGTH, type MovedInstruction, surveyFunction } from './survey.js';
+import { MAX_INSTRUCTION_LENGTH } from '../x86/instruction.js';
+import { type MovedInstruction, surveyFunction } from './survey.js';
 
 /** The function to hook. */
 export interface HookTarget {

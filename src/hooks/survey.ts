@@ -1,18 +1,14 @@
-import {
-  Code,
-  Decoder,
-  DecoderOptions,
-  FlowControl,
-  Instruction,
-  InstructionInfoFactory,
-  Mnemonic,
-  OpAccess,
-  OpKind,
-  Register,
-} from 'iced-x86';
+import { Decoder, DecoderOptions } from 'iced-x86';
 import type { Gva } from '../vmi/address.js';
-
-export const MAX_INSTRUCTION_LENGTH = 15;
+import {
+  Disassembler,
+  FlowControl,
+  type Instruction,
+  type MemoryOperand,
+  Mnemonic,
+  Register,
+} from '../x86/instruction.js';
+import { GPR_NAMES } from '../x86/registers.js';
 
 /** What matters of an instruction that is to be moved. Offsets count from the function's first byte. */
 export interface MovedInstruction {
@@ -45,45 +41,48 @@ export interface FunctionSurvey {
 }
 
 /**
- * Decodes a whole function and looks closely at its first instructions, as many as begin before `atLeast`.
+ * Decodes a whole function and looks closely at its first instructions: all that begin before `atLeast`.
  * `undefined` when some of the bytes are no instruction.
  */
 export function surveyFunction(gva: Gva, bytes: Uint8Array, atLeast: number): FunctionSurvey | undefined {
   const moved: MovedInstruction[] = [];
   const targets: Gva[] = [];
-  const decoder = new Decoder(64, bytes, DecoderOptions.None);
-  const instruction = new Instruction();
+  const disassembler = new Disassembler(bytes, gva);
   try {
-    decoder.ip = gva;
-    while (decoder.canDecode) {
-      const start = decoder.position;
-      decoder.decodeOut(instruction);
-      if (instruction.code === Code.INVALID) return undefined;
-      const target = codeAddress(instruction);
-      if (target !== undefined) targets.push(target);
-      if (start < atLeast) moved.push(examine(decoder, instruction, start));
+    for (let offset = 0; offset < bytes.length; ) {
+      const instruction = disassembler.at(offset);
+      if (instruction === undefined) return undefined;
+      if (offset < atLeast) moved.push(examine(instruction, offset));
+      targets.push(...codeAddresses(instruction));
+      offset += instruction.length;
     }
   } finally {
-    instruction.free();
-    decoder.free();
+    disassembler.free();
   }
   return { moved, movedLength: moved.at(-1)?.end ?? 0, targets };
 }
 
-function codeAddress(instruction: Instruction): Gva | undefined {
-  if (instruction.opCount === 0) return undefined;
-  if (instruction.op0Kind === OpKind.NearBranch64) return instruction.nearBranchTarget;
-  const takesAddress = instruction.mnemonic === Mnemonic.Lea && instruction.isIpRelMemoryOperand;
-  return takesAddress ? instruction.ipRelMemoryAddress : undefined;
+function codeAddresses({ mnemonic, operands }: Instruction): Gva[] {
+  return operands.flatMap((operand) => {
+    if (operand.kind === 'branch') return [operand.target];
+    const taken = mnemonic === Mnemonic.Lea && operand.kind === 'memory' && operand.base === Register.RIP;
+    return taken ? [BigInt.asUintN(64, operand.displacement)] : [];
+  });
 }
 
-function examine(decoder: Decoder, instruction: Instruction, start: number): MovedInstruction {
+const RSP_BIT = 1 << GPR_NAMES.indexOf('rsp');
+
+function examine(instruction: Instruction, start: number): MovedInstruction {
+  const { operands, length, mnemonic, flow, writtenGprs } = instruction;
+  const [destination] = operands;
   return {
-    end: decoder.position,
-    flow: flowOf(instruction.flowControl),
-    operand: relativeOperand(decoder, instruction, start),
-    shadowsNext: shadowsNext(instruction),
-    ...effects(instruction),
+    end: start + length,
+    flow: flowOf(flow),
+    operand: relativeOperand(instruction, start),
+    shadowsNext:
+      mnemonic === Mnemonic.Sti || (destination?.kind === 'register' && destination.register === Register.SS),
+    changesRsp: (writtenGprs & RSP_BIT) !== 0,
+    mayFault: operands.some((operand) => operand.kind === 'memory' && mayFault(operand)),
   };
 }
 
@@ -92,65 +91,29 @@ function flowOf(flow: FlowControl): MovedInstruction['flow'] {
   return flow === FlowControl.Call || flow === FlowControl.IndirectCall ? 'call' : 'branch';
 }
 
-function relativeOperand(
-  decoder: Decoder,
-  instruction: Instruction,
-  start: number,
-): RelativeOperand | undefined {
-  if (!instruction.isIpRelMemoryOperand) return undefined;
+function relativeOperand({ operands, bytes }: Instruction, start: number): RelativeOperand | undefined {
+  for (const operand of operands) {
+    if (operand.kind !== 'memory') continue;
+    if (operand.base !== Register.RIP && operand.base !== Register.EIP) continue;
+    return {
+      relativeTo: operand.base === Register.RIP ? 'rip' : 'eip',
+      address: BigInt.asUintN(64, operand.displacement),
+      displacementAt: start + displacementOffset(bytes),
+    };
+  }
+  return undefined;
+}
+
+function displacementOffset(bytes: Uint8Array): number {
+  const decoder = new Decoder(64, bytes, DecoderOptions.None);
+  const instruction = decoder.decode();
   const offsets = decoder.getConstantOffsets(instruction);
-  try {
-    return {
-      relativeTo: instruction.memoryBase === Register.RIP ? 'rip' : 'eip',
-      address: instruction.ipRelMemoryAddress,
-      displacementAt: start + offsets.displacementOffset,
-    };
-  } finally {
-    offsets.free();
-  }
+  const { displacementOffset: offset } = offsets;
+  for (const each of [offsets, instruction, decoder]) each.free();
+  return offset;
 }
 
-function shadowsNext(instruction: Instruction): boolean {
-  return (
-    instruction.mnemonic === Mnemonic.Sti ||
-    (instruction.opCount > 0 &&
-      instruction.op0Kind === OpKind.Register &&
-      instruction.op0Register === Register.SS)
-  );
-}
-
-const WRITES: ReadonlySet<OpAccess> = new Set([
-  OpAccess.Write,
-  OpAccess.CondWrite,
-  OpAccess.ReadWrite,
-  OpAccess.ReadCondWrite,
-]);
-const STACK_POINTERS: ReadonlySet<Register> = new Set([
-  Register.RSP,
-  Register.ESP,
-  Register.SP,
-  Register.SPL,
-]);
-
-function effects(instruction: Instruction): Pick<MovedInstruction, 'changesRsp' | 'mayFault'> {
-  const factory = new InstructionInfoFactory();
-  const info = factory.info(instruction);
-  const registers = info.usedRegisters();
-  const memory = info.usedMemory();
-  try {
-    return {
-      changesRsp: registers.some(
-        ({ register, access }) => STACK_POINTERS.has(register) && WRITES.has(access),
-      ),
-      mayFault: memory.some(
-        ({ base, index, access }) =>
-          access !== OpAccess.NoMemAccess &&
-          (index !== Register.None || ![Register.None, Register.RIP, Register.RSP].includes(base)),
-      ),
-    };
-  } finally {
-    for (const used of [...registers, ...memory]) used.free();
-    info.free();
-    factory.free();
-  }
+function mayFault({ base, index, reads, writes, explicit }: MemoryOperand): boolean {
+  const ofFrameOrImage = base === Register.RSP || base === Register.RIP || base === Register.None;
+  return (reads || writes) && (!explicit || index !== Register.None || !ofFrameOrImage);
 }
