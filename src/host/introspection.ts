@@ -60,7 +60,7 @@ export interface IntrospectionObserver {
 interface OpenEvent {
   readonly seq: number;
   readonly event: number;
-  /** Of a page fault or a single step. */
+  /** What the machine stopped at; a PAUSE event, and a step that ends a page fault, have none. */
   readonly trap?: Trap;
 }
 
@@ -176,7 +176,7 @@ export class Introspection {
       this.machine.setSingleStep(vcpu.index, false);
       if (open?.event === EventId.PF && open.trap) this.observer.answered(open.trap, 'memory');
       if (open?.trap) this.machine.complete(vcpu.index);
-      else if (open?.event === EventId.PAUSE_VCPU) this.machine.resume(vcpu.index);
+      else if (open) this.machine.resume(vcpu.index);
     }
   }
 
@@ -384,6 +384,8 @@ export class Introspection {
 
   private raise(vcpu: Vcpu, event: number, specific: Buffer, trap?: Trap): void {
     const seq = this.nextSeq++;
+    // A trap holds its vCPU by itself.
+    if (!trap) this.machine.pause(vcpu.index);
     vcpu.open = { seq, event, ...(trap && { trap }) };
     const registers = this.machine.registers(vcpu.index);
     const common = eventCommon.encode({
@@ -420,7 +422,6 @@ export class Introspection {
         if (vcpu.enabled.has(EventId.SINGLESTEP)) this.raiseSingleStep(vcpu);
       } else {
         vcpu.pausesDue--;
-        this.machine.pause(vcpu.index);
         this.raise(vcpu, EventId.PAUSE_VCPU, Buffer.alloc(0));
       }
     }
@@ -461,8 +462,8 @@ export class Introspection {
 
   private endPauseOrStep(vcpu: Vcpu, open: OpenEvent): void {
     this.applyDelayed(vcpu);
-    if (open.event === EventId.PAUSE_VCPU) this.machine.resume(vcpu.index);
-    else if (open.trap) this.machine.complete(vcpu.index);
+    if (open.trap) this.machine.complete(vcpu.index);
+    else this.machine.resume(vcpu.index);
   }
 
   private applyDelayed(vcpu: Vcpu): void {

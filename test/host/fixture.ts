@@ -1,0 +1,70 @@
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import type { MemtablesError } from '../../src/errors.js';
+import { Introspection, type IntrospectionObserver } from '../../src/host/introspection.js';
+import { KvmiConnection } from '../../src/host/kvmi-connection.js';
+import { EventId } from '../../src/host/kvmi-wire.js';
+import { FakeMachine } from './fake-machine.js';
+import { Introspector } from './introspector.js';
+
+const IGNORE: IntrospectionObserver = { raised() {}, answered() {}, written() {} };
+
+/** A tool that is attached over a real socket to a fake machine, which only runs when `turn` is called. */
+export class Fixture {
+  private constructor(
+    private readonly directory: string,
+    readonly tool: Introspector,
+    readonly machine: FakeMachine,
+    readonly introspection: Introspection,
+    private readonly connection: KvmiConnection,
+    /** Why we dropped a tool, in order. */
+    readonly dropped: MemtablesError[],
+  ) {}
+
+  static async attached(
+    observer: IntrospectionObserver = IGNORE,
+    machine = new FakeMachine(),
+  ): Promise<Fixture> {
+    const directory = mkdtempSync(join(tmpdir(), 'memtables-host-'));
+    const path = join(directory, 'tool');
+    const introspection = new Introspection(machine, observer);
+    const dropped: MemtablesError[] = [];
+    const tool = await Introspector.listen(path);
+    const accepted = tool.accept();
+    const connection = new KvmiConnection({
+      path,
+      introspection,
+      name: 'guest',
+      uuid: Buffer.alloc(16, 7),
+      onActivity: () => {},
+      onState: (_attached, reason) => {
+        if (reason) dropped.push(reason);
+      },
+    });
+    await accepted;
+    return new Fixture(directory, tool, machine, introspection, connection, dropped);
+  }
+
+  /** Takes a page's permissions and asks for its violations, on every vCPU. */
+  async trap(gpa: bigint, access: number): Promise<void> {
+    for (let vcpu = 0; vcpu < this.machine.vcpuCount; vcpu++) await this.tool.enable(vcpu, EventId.PF);
+    await this.tool.setAccess({ gpa, access });
+  }
+
+  /** Lets every vCPU that can run go through one scripted instruction. */
+  turn(): void {
+    this.introspection.trapped(this.machine.run().traps);
+  }
+
+  /** Waits until what the tool has sent so far has been carried out. */
+  async sync(): Promise<void> {
+    await this.tool.registers(0);
+  }
+
+  close(): void {
+    this.connection.close();
+    this.tool.close();
+    rmSync(this.directory, { recursive: true, force: true });
+  }
+}
