@@ -23,7 +23,19 @@
       # libvmi's C ABI over a KVMI socket; links to nothing of Node.
       "target_name": "kvmi",
       "type": "shared_library",
-      "sources": ["native/kvmi/vmi.cc"]
+      "sources": [
+        "native/kvmi/connection.cc",
+        "native/kvmi/dispatch.cc",
+        "native/kvmi/events.cc",
+        "native/kvmi/listener.cc",
+        "native/kvmi/log.cc",
+        "native/kvmi/memory.cc",
+        "native/kvmi/paging.cc",
+        "native/kvmi/pause.cc",
+        "native/kvmi/registers.cc",
+        "native/kvmi/session.cc"
+      ],
+      "include_dirs": ["native/kvmi/include"]
     }
   ]
 }

@@ -6,7 +6,7 @@
  * Every function returns VMI_SUCCESS or VMI_FAILURE unless it says otherwise; the reason of a failure goes to
  * stderr. An instance belongs to one thread. No call waits longer than about ten seconds for the hypervisor, except
  * vmi_events_listen, which waits as long as it is told. After the hypervisor has gone away, broken the protocol or
- * left a command unanswered, every call but vmi_destroy fails.
+ * left a command unanswered, every call that needs it fails; only vmi_destroy is left.
  *
  * Where this library differs from libvmi is written down in docs/kvmi-library.md.
  */

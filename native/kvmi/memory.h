@@ -1,0 +1,10 @@
+#pragma once
+
+#include <libvmi/libvmi.h>
+
+namespace kvmi {
+
+/** Reads from guest-physical memory, within one page. */
+bool readWithinPage(vmi_instance_t vmi, addr_t pa, void *to, size_t size);
+
+}  // namespace kvmi

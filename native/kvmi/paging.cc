@@ -1,0 +1,118 @@
+
+#include "instance.h"
+#include "memory.h"
+
+namespace kvmi {
+namespace {
+
+constexpr addr_t kPresent = 1;
+constexpr addr_t kLargePage = addr_t{1} << 7;
+constexpr addr_t kPrototype = addr_t{1} << 10;
+constexpr addr_t kTransition = addr_t{1} << 11;
+/** Bits 12 to 51. */
+constexpr addr_t kFrameMask = 0x000f'ffff'ffff'f000;
+/** In the entry of a large page this bit of the frame number holds an attribute. */
+constexpr addr_t kLargePageAttribute = addr_t{1} << 12;
+
+constexpr unsigned kIndexBits = 9;
+constexpr unsigned kTopShift = kPageShift + 3 * kIndexBits;
+constexpr addr_t kIndexMask = (addr_t{1} << kIndexBits) - 1;
+
+constexpr reg_t kCr0Paging = reg_t{1} << 31;
+constexpr reg_t kCr4Pae = reg_t{1} << 5;
+constexpr reg_t kCr4FiveLevels = reg_t{1} << 12;
+constexpr reg_t kEferLongMode = reg_t{1} << 8;
+
+bool isCanonical(addr_t address) {
+  const auto upper = static_cast<int64_t>(address) >> (kTopShift + kIndexBits - 1);
+  return upper == 0 || upper == -1;
+}
+
+/** Where the walk stores the entry that it met at the level of `shift`. */
+struct Slot {
+  addr_t &location;
+  addr_t &value;
+};
+
+Slot slotOf(page_info_t &info, unsigned shift) {
+  auto &entries = info.x86_ia32e;
+  switch ((shift - kPageShift) / kIndexBits) {
+    case 3:
+      return {entries.pml4e_location, entries.pml4e_value};
+    case 2:
+      return {entries.pdpte_location, entries.pdpte_value};
+    case 1:
+      return {entries.pgd_location, entries.pgd_value};
+    default:
+      return {entries.pte_location, entries.pte_value};
+  }
+}
+
+bool isPresent(const vmi_instance &vmi, addr_t entry) {
+  return (entry & kPresent) || (vmi.transitionPages && (entry & kTransition) && !(entry & kPrototype));
+}
+
+/** The page tables belong to the guest: every entry is read through the bounds of physical memory. */
+bool walk(vmi_instance_t vmi, addr_t root, addr_t va, page_info_t &info) {
+  info = {};
+  info.vaddr = va;
+  info.pt = root;
+  info.pm = VMI_PM_IA32E;
+  if (!isCanonical(va)) return false;
+
+  addr_t table = root & kFrameMask;
+  for (unsigned shift = kTopShift;; shift -= kIndexBits) {
+    const Slot slot = slotOf(info, shift);
+    slot.location = table | (((va >> shift) & kIndexMask) * sizeof(addr_t));
+    if (!readWithinPage(vmi, slot.location, &slot.value, sizeof slot.value)) return false;
+    if (!isPresent(*vmi, slot.value)) return false;
+
+    const addr_t offsetMask = (addr_t{1} << shift) - 1;
+    const bool isLarge = shift > kPageShift && (slot.value & kLargePage);
+    if (isLarge) {
+      const bool isTop = shift == kTopShift;
+      const addr_t reserved = kFrameMask & offsetMask & ~kLargePageAttribute;
+      if (isTop || (slot.value & reserved)) return false;
+    }
+    if (isLarge || shift == kPageShift) {
+      info.size = static_cast<page_size_t>(offsetMask + 1);
+      info.paddr = (slot.value & kFrameMask & ~offsetMask) | (va & offsetMask);
+      return true;
+    }
+    table = slot.value & kFrameMask;
+  }
+}
+
+page_mode_t modeOf(const x86_registers_t &registers) {
+  if (!(registers.cr0 & kCr0Paging)) return VMI_PM_NONE;
+  if (!(registers.cr4 & kCr4Pae)) return VMI_PM_LEGACY;
+  if (!(registers.msr_efer & kEferLongMode)) return VMI_PM_PAE;
+  return registers.cr4 & kCr4FiveLevels ? VMI_PM_UNKNOWN : VMI_PM_IA32E;
+}
+
+}  // namespace
+}  // namespace kvmi
+
+using namespace kvmi;
+
+page_mode_t vmi_init_paging(vmi_instance_t vmi, uint64_t flags) {
+  if (vmi == nullptr) return VMI_PM_UNKNOWN;
+  vmi->pageMode = VMI_PM_UNKNOWN;
+  registers_t registers;
+  if (vmi_get_vcpuregs(vmi, &registers, 0) != VMI_SUCCESS) return VMI_PM_UNKNOWN;
+  vmi->pageMode = modeOf(registers.x86);
+  vmi->transitionPages = flags & VMI_PM_INITFLAG_TRANSITION_PAGES;
+  return vmi->pageMode;
+}
+
+status_t vmi_pagetable_lookup_extended(vmi_instance_t vmi, addr_t pt, addr_t vaddr, page_info_t *info) {
+  if (vmi == nullptr || info == nullptr || vmi->pageMode != VMI_PM_IA32E) return VMI_FAILURE;
+  return walk(vmi, pt, vaddr, *info) ? VMI_SUCCESS : VMI_FAILURE;
+}
+
+status_t vmi_pagetable_lookup(vmi_instance_t vmi, addr_t pt, addr_t vaddr, addr_t *paddr) {
+  page_info_t info;
+  if (paddr == nullptr || vmi_pagetable_lookup_extended(vmi, pt, vaddr, &info) != VMI_SUCCESS) return VMI_FAILURE;
+  *paddr = info.paddr;
+  return VMI_SUCCESS;
+}

@@ -1,0 +1,56 @@
+#include "dispatch.h"
+#include "instance.h"
+#include "log.h"
+
+namespace kvmi {
+namespace {
+
+constexpr uint32_t kStopTimeoutMs = 10'000;
+
+/** Has events handled until the vCPU has reported that it stands still. */
+bool awaitStop(vmi_instance_t vmi, const vmi_instance::Vcpu &vcpu) {
+  const Deadline deadline(kStopTimeoutMs);
+  while (!vcpu.pauseEvent) {
+    // Inside a callback, the vCPU whose event is being handled cannot stop before the callback returns.
+    if (vmi->inCallback || deadline.passed() || !vmi->connection->awaitEvent(deadline)) return false;
+    dispatchQueued(vmi);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace kvmi
+
+using namespace kvmi;
+
+status_t vmi_pause_vm(vmi_instance_t vmi) {
+  if (vmi == nullptr) return VMI_FAILURE;
+  if (vmi->pauseCount == 0) {
+    if (!vmi->connection->pauseAll()) return VMI_FAILURE;
+    for (vmi_instance::Vcpu &vcpu : vmi->vcpus) vcpu.pausing = true;
+  }
+  vmi->pauseCount++;
+  return VMI_SUCCESS;
+}
+
+status_t vmi_resume_vm(vmi_instance_t vmi) {
+  if (vmi == nullptr) return VMI_FAILURE;
+  if (vmi->pauseCount > 1) {
+    vmi->pauseCount--;
+    return VMI_SUCCESS;
+  }
+  for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
+    vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
+    if (!vcpu.pausing) continue;
+    if (!awaitStop(vmi, vcpu)) {
+      complain("vCPU %u did not stop, so it cannot be resumed", index);
+      return VMI_FAILURE;
+    }
+    vmi->pages.clear();
+    if (!vmi->connection->answer(index, wire::EventId::kPauseVcpu, *vcpu.pauseEvent)) return VMI_FAILURE;
+    vcpu.pausing = false;
+    vcpu.pauseEvent.reset();
+  }
+  vmi->pauseCount = 0;
+  return VMI_SUCCESS;
+}

@@ -1,1 +1,0 @@
-// libvmi ABI over KVMI
