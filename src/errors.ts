@@ -34,6 +34,8 @@ export type ErrorCode =
   | 'JOURNAL_FAILED'
   | 'UNLOAD_BLOCKED'
   | 'ROLLBACK_FAILED'
+  // the demo
+  | 'DEMO_FAILED'
   // the embedded machine
   | 'MACHINE_FAILED'
   | 'PROTOCOL_VIOLATION';

@@ -49,6 +49,7 @@ const BY_CODE: Record<ErrorCode, number> = {
   JOURNAL_FAILED: EXIT.environment,
   UNLOAD_BLOCKED: EXIT.unload,
   ROLLBACK_FAILED: EXIT.unload,
+  DEMO_FAILED: EXIT.internal,
   MACHINE_FAILED: EXIT.hypervisor,
   PROTOCOL_VIOLATION: EXIT.hypervisor,
 };

@@ -1,0 +1,98 @@
+import { type ErrorCode, MemtablesError } from '../errors.js';
+import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
+import type { Gva } from '../vmi/address.js';
+
+/** What the worker needs to attach: plain data, it crosses to another thread. */
+export interface WorkerOptions {
+  readonly name: string;
+  readonly socket: string;
+  readonly profile: string;
+  readonly library: string | undefined;
+  readonly threshold: number;
+  readonly relocate: boolean;
+  readonly journal: string;
+  readonly unloadSeconds: number;
+  /** The heartbeat of the native calls, see `src/libvmi/watchdog.ts`. */
+  readonly heartbeat: SharedArrayBuffer;
+}
+
+export interface AttachedKernel {
+  readonly base: Gva;
+  readonly size: number;
+  readonly pdb: string;
+  readonly vcpus: number;
+}
+
+/** What the main thread asks of the worker. */
+export type Command =
+  | { readonly type: 'hook'; readonly name: string }
+  | { readonly type: 'relocate'; readonly enabled: boolean }
+  | { readonly type: 'statistics' }
+  | { readonly type: 'unload' };
+
+export interface Request {
+  readonly id: number;
+  readonly command: Command;
+}
+
+/** What each command is answered with. */
+export interface Answers {
+  hook: undefined;
+  relocate: undefined;
+  statistics: Statistics;
+  unload: UnloadReport;
+}
+
+export type WorkerMessage =
+  | { readonly type: 'attached'; readonly kernel: AttachedKernel }
+  | { readonly type: 'answer'; readonly id: number; readonly value: Answers[keyof Answers] }
+  | { readonly type: 'refusal'; readonly id: number; readonly error: PortableError }
+  | { readonly type: 'event'; readonly event: EngineEvent }
+  /** The worker is about to end: cleanly, or because of an error. */
+  | { readonly type: 'ended'; readonly error?: PortableError };
+
+/** An error as it crosses between threads: structured cloning would lose its class and fields. */
+export interface PortableError {
+  readonly code: ErrorCode | undefined;
+  readonly message: string;
+  readonly remedy: string;
+  readonly context: Readonly<Record<string, unknown>>;
+  readonly stack: string | undefined;
+  readonly cause: string | undefined;
+}
+
+export function toPortable(error: unknown): PortableError {
+  if (error instanceof MemtablesError) {
+    return {
+      code: error.code,
+      message: error.message,
+      remedy: error.remedy,
+      context: error.context,
+      stack: error.stack,
+      cause: error.cause instanceof Error ? error.cause.message : undefined,
+    };
+  }
+  const known = error instanceof Error ? error : new Error(String(error));
+  return {
+    code: undefined,
+    message: known.message,
+    remedy: '',
+    context: {},
+    stack: known.stack,
+    cause: undefined,
+  };
+}
+
+export function fromPortable(portable: PortableError): Error {
+  const { code, message, remedy, context, stack, cause } = portable;
+  const error =
+    code === undefined
+      ? new Error(message)
+      : new MemtablesError(code, message, {
+          remedy,
+          context,
+          ...(cause === undefined ? {} : { cause: new Error(cause) }),
+        });
+  if (stack !== undefined) error.stack = stack;
+  return error;
+}

@@ -1,0 +1,151 @@
+// The one thread that owns libvmi: it listens, lets the engine work between two listens, and takes commands.
+import { setTimeout as sleep } from 'node:timers/promises';
+import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
+import { MemtablesError } from '../errors.js';
+import { Journal } from '../journal/journal.js';
+import { openSession } from '../libvmi/session.js';
+import { Engine } from '../memtables/engine.js';
+import { discoverKernel, type Kernel } from '../nt/kernel.js';
+import { loadProfile, type Profile } from '../nt/profile.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import { whileQuiescent } from '../vmi/quiescence.js';
+import {
+  type Answers,
+  type Command,
+  type Request,
+  toPortable,
+  type WorkerMessage,
+  type WorkerOptions,
+} from './protocol.js';
+
+/** How long a listen waits where nothing happens; commands are taken between two listens. */
+const LISTEN_MS = 20;
+
+/** A vCPU in user mode may hide the kernel's mapping (KPTI): look again a little later, this often. */
+const DISCOVERY_ATTEMPTS = 50;
+const DISCOVERY_PAUSE_MS = 20;
+
+async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
+  const post = (message: WorkerMessage) => port.postMessage(message);
+  const profile = loadProfile(options.profile);
+  const session = openSession({
+    name: options.name,
+    socket: options.socket,
+    heartbeat: options.heartbeat,
+    ...(options.library === undefined ? {} : { libraryPath: options.library }),
+  });
+  try {
+    const kernel = await findKernel(session, profile);
+    const journal = Journal.create(options.journal, {
+      guest: options.name,
+      kernelBase: kernel.base,
+      pdb: profile.pdb.name,
+    });
+    try {
+      const engine = new Engine(session, kernel, journal, {
+        threshold: options.threshold,
+        unloadSeconds: options.unloadSeconds,
+        report: (event) => post({ type: 'event', event }),
+      });
+      engine.relocating = options.relocate;
+      post({
+        type: 'attached',
+        kernel: {
+          base: kernel.base,
+          size: kernel.image.sizeOfImage,
+          pdb: profile.pdb.name,
+          vcpus: session.vcpuCount,
+        },
+      });
+      serve(port, session, engine);
+    } finally {
+      journal.close();
+    }
+  } finally {
+    session.close();
+  }
+}
+
+async function findKernel(session: Hypervisor, profile: Profile): Promise<Kernel> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return whileQuiescent(session, () => discoverKernel(session, profile));
+    } catch (error) {
+      const hidden = error instanceof MemtablesError && error.code === 'KERNEL_NOT_FOUND';
+      if (!hidden || attempt === DISCOVERY_ATTEMPTS) throw error;
+    }
+    session.listen(0);
+    await sleep(DISCOVERY_PAUSE_MS);
+  }
+}
+
+/** Runs until the engine has unloaded, whether it was asked to or something failed. */
+function serve(port: MessagePort, session: Hypervisor, engine: Engine): void {
+  try {
+    for (let unloaded = false; !unloaded; ) {
+      session.listen(LISTEN_MS);
+      engine.work();
+      unloaded = takeCommands(port, engine);
+    }
+  } catch (error) {
+    // What failed is what the user has to hear of, even where unloading then fails too.
+    const unloadFailed = error instanceof MemtablesError && error.code === 'UNLOAD_BLOCKED';
+    if (engine.loaded && !unloadFailed) attempt(() => engine.unload());
+    throw error;
+  }
+}
+
+function attempt(action: () => unknown): void {
+  try {
+    action();
+  } catch {
+    // The journal that is left behind says what is still in the guest.
+  }
+}
+
+function takeCommands(port: MessagePort, engine: Engine): boolean {
+  for (;;) {
+    const received = receiveMessageOnPort(port) as { message: Request } | undefined;
+    if (received === undefined) return false;
+    const { id, command } = received.message;
+    try {
+      port.postMessage({ type: 'answer', id, value: perform(engine, command) } satisfies WorkerMessage);
+    } catch (error) {
+      port.postMessage({ type: 'refusal', id, error: toPortable(error) } satisfies WorkerMessage);
+      if (!isRefusal(error)) throw error;
+    }
+    if (command.type === 'unload') return true;
+  }
+}
+
+function perform(engine: Engine, command: Command): Answers[Command['type']] {
+  switch (command.type) {
+    case 'hook':
+      engine.hook(command.name);
+      return undefined;
+    case 'relocate':
+      engine.relocating = command.enabled;
+      return undefined;
+    case 'statistics':
+      return engine.statistics();
+    case 'unload':
+      return engine.unload();
+  }
+}
+
+/** A command may be refused and the engine goes on; anything else ends it. */
+function isRefusal(error: unknown): boolean {
+  return (
+    error instanceof MemtablesError &&
+    ['HOOK_REFUSED', 'SYMBOL_NOT_FOUND', 'SLACK_EXHAUSTED'].includes(error.code)
+  );
+}
+
+const port = parentPort;
+if (port === null) throw new Error('this module runs in a worker thread');
+main(port, workerData as WorkerOptions)
+  .then(
+    () => port.postMessage({ type: 'ended' } satisfies WorkerMessage),
+    (error: unknown) => port.postMessage({ type: 'ended', error: toPortable(error) } satisfies WorkerMessage),
+  )
+  .finally(() => port.close());

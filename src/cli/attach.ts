@@ -1,0 +1,111 @@
+import { Attachment } from '../attachment/attachment.js';
+import { MemtablesError } from '../errors.js';
+import type { EngineEvent } from '../memtables/report.js';
+import { hex } from '../vmi/address.js';
+import { EXIT } from './exit-codes.js';
+import { log, type Output } from './output.js';
+
+export interface AttachCommandOptions {
+  readonly name: string;
+  readonly socket: string;
+  readonly profile: string;
+  readonly hook?: readonly string[];
+  readonly time?: number;
+  readonly threshold: number;
+  readonly relocate: boolean;
+  readonly unloadTimeout: number;
+  readonly journal?: string;
+  readonly libvmi?: string;
+}
+
+/**
+ * Attaches, hooks, and waits for the time to pass or for Ctrl-C; then unloads.
+ *
+ * @throws MemtablesError of whatever failed; the guest has been restored then, as far as it still answers
+ */
+export async function attachCommand(options: AttachCommandOptions, output: Output): Promise<void> {
+  if ((options.hook ?? []).length === 0) {
+    throw new MemtablesError('INVALID_ARGUMENT', 'no hook was given, so no page would be trapped', {
+      remedy: 'Name at least one function of the kernel: --hook nt!Name.',
+    });
+  }
+  const stop = stopRequest(options.time);
+  log.info(`waiting for the hypervisor on ${options.socket}`);
+  const attachment = await Attachment.open({
+    name: options.name,
+    socket: options.socket,
+    profile: options.profile,
+    threshold: options.threshold,
+    relocate: options.relocate,
+    unloadSeconds: options.unloadTimeout,
+    ...(options.journal === undefined ? {} : { journal: options.journal }),
+    ...(options.libvmi === undefined ? {} : { library: options.libvmi }),
+  });
+  const { kernel } = attachment;
+  output.result(
+    { type: 'attached', ...kernel },
+    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${kernel.vcpus} vCPUs`,
+  );
+  attachment.on('event', (event) => output.result(event, describe(event)));
+
+  try {
+    for (const name of options.hook ?? []) await attachment.hook(name);
+    await Promise.race([stop, attachment.ended]);
+  } catch (error) {
+    // Undo what is there before saying what failed; a worker that has ended has done so itself.
+    await attachment.unload().catch(() => {});
+    throw error;
+  }
+  log.info('unloading');
+  const statistics = await attachment.statistics();
+  const unload = await attachment.unload();
+  output.result(
+    { type: 'summary', ...statistics, unload },
+    [
+      `unloaded in ${unload.seconds.toFixed(3)} s after ${unload.scans} scans (${unload.blocked} blocked)`,
+      `  ${statistics.violations} violations, ${statistics.relocations} relocations, refused: ${counts(statistics.refused)}`,
+      `  reads answered with original bytes: ${counts(statistics.cloakedReads)}`,
+    ].join('\n'),
+  );
+}
+
+/** One line for a person. */
+export function describe(event: EngineEvent): string {
+  switch (event.type) {
+    case 'hooked':
+      return `hooked ${event.name} at ${hex(event.function)}, ${event.replacedBytes} bytes moved to ${hex(event.trampoline)}`;
+    case 'relocated':
+      return `relocated ${event.form} load at ${hex(event.site)} (${event.entries} entries) to ${hex(event.handler)} after ${event.hits} hits`;
+    case 'refused':
+      return `left the load at ${hex(event.site)} alone: ${event.reason}`;
+    case 'taken-back':
+      return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
+    case 'unload-blocked':
+      return `cannot unload yet: ${event.where.join('; ')}`;
+  }
+}
+
+function counts(byName: Readonly<Record<string, number>>): string {
+  const parts = Object.entries(byName).map(([name, count]) => `${name} ${count}`);
+  return parts.length === 0 ? 'none' : parts.join(', ');
+}
+
+/** Resolves after `time` seconds, or at the first Ctrl-C; a second one ends the process at once. */
+function stopRequest(time: number | undefined): Promise<void> {
+  return new Promise((resolve) => {
+    let asked = false;
+    const onSignal = () => {
+      if (asked) {
+        process.stderr.write(
+          'memtables: ended without unloading; the journal says what is still in the guest\n',
+        );
+        process.exit(EXIT.unload);
+      }
+      asked = true;
+      resolve();
+    };
+    process.on('SIGINT', onSignal);
+    process.on('SIGTERM', onSignal);
+    if (time !== undefined) setTimeout(resolve, time * 1000).unref();
+  });
+}

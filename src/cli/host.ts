@@ -1,0 +1,36 @@
+import { randomInt } from 'node:crypto';
+import { runHost } from '../host/host.js';
+import { log } from './output.js';
+
+export interface HostCommandOptions {
+  readonly socket: string;
+  readonly vcpus: number;
+  readonly memory: number;
+  readonly seed?: number;
+  readonly statistics?: string;
+}
+
+/** Runs the embedded host until Ctrl-C. */
+export async function hostCommand(options: HostCommandOptions): Promise<void> {
+  const stop = new AbortController();
+  process.on('SIGINT', () => stop.abort());
+  process.on('SIGTERM', () => stop.abort());
+  const seed = options.seed ?? randomSeed();
+  const statistics = options.statistics ?? `${options.socket}.stats`;
+  log.info(
+    `host: ${options.vcpus} vCPUs, seed ${seed}, connects to ${options.socket}, statistics on ${statistics}`,
+  );
+  await runHost({
+    socket: options.socket,
+    vcpus: options.vcpus,
+    memoryMB: options.memory,
+    seed,
+    statisticsPath: statistics,
+    signal: stop.signal,
+  });
+}
+
+/** A seed is 32 bits. */
+export function randomSeed(): number {
+  return randomInt(2 ** 32);
+}

@@ -1,0 +1,131 @@
+#!/usr/bin/env node
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
+import { attachCommand } from './attach.js';
+import { demoCommand } from './demo.js';
+import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
+import { hostCommand } from './host.js';
+import { Output, reportError } from './output.js';
+import { scanFile } from './scan.js';
+
+function integer(minimum: number, maximum: number) {
+  return (text: string): number => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < minimum || value > maximum) {
+      throw new InvalidArgumentError(`Expected a whole number from ${minimum} to ${maximum}.`);
+    }
+    return value;
+  };
+}
+
+function seconds(text: string): number {
+  const value = Number(text);
+  if (!/^\d+(\.\d+)?$/.test(text) || value <= 0 || value > 86_400) {
+    throw new InvalidArgumentError('Expected a number of seconds, up to 86400.');
+  }
+  return value;
+}
+
+function repeated(value: string, previous: readonly string[] = []): string[] {
+  return [...previous, value];
+}
+
+const vcpus = () =>
+  new Option('--vcpus <n>', 'virtual CPUs of the embedded guest').argParser(integer(1, 8)).default(2);
+const seed = () =>
+  new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
+    integer(0, 0xffffffff),
+  );
+const hook = () =>
+  new Option('--hook <nt!Name>', 'kernel function to hook; may be given several times').argParser(repeated);
+const json = () => new Option('--json', 'print JSON lines instead of text');
+const library = () =>
+  new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
+    'MEMTABLES_LIBVMI',
+  );
+
+const program = new Command('memtables')
+  .description(
+    'Hides kernel hooks in a live Windows VM and keeps it fast: hot switch-table loads are moved off the\n' +
+      'read-trapped pages into handlers that load immediates. Start with: memtables demo',
+  )
+  .showHelpAfterError('(see --help)')
+  .exitOverride((error) => process.exit(error.exitCode === 0 ? EXIT.ok : EXIT.usage))
+  .addHelpText('after', EXIT_CODE_HELP);
+
+program
+  .command('demo')
+  .description(
+    'Start an embedded host with an NT-like guest, attach, measure three phases (no hooks; hooks; hooks with\n' +
+      'relocation), unload, and prove that the guest is as it was.',
+  )
+  .addOption(vcpus())
+  .addOption(new Option('--seconds <n>', 'length of each phase').argParser(seconds).default(3))
+  .addOption(seed())
+  .addOption(hook())
+  .addOption(library())
+  .addOption(json())
+  .action((options) => run(() => demoCommand(options, new Output(options.json ?? false))));
+
+program
+  .command('host')
+  .description(
+    'Run the embedded host: a hypervisor with an NT-like guest that connects to an introspection tool over KVMI,\n' +
+      'as QEMU does. Attach to it with: memtables attach -n embedded -s PATH -j build/guest/ntoskrnl.json',
+  )
+  .requiredOption('--socket <path>', 'unix socket of the introspection tool; retried until it exists')
+  .addOption(vcpus())
+  .addOption(new Option('--memory <mb>', "the guest's memory").argParser(integer(32, 4096)).default(64))
+  .addOption(seed())
+  .option('--statistics <path>', 'unix socket of the statistics channel (default: SOCKET.stats)')
+  .action((options) => run(() => hostCommand(options)));
+
+program
+  .command('attach')
+  .description(
+    'Attach to a running VM, hide the given hooks, and relocate the table loads they make expensive. Ends, with\n' +
+      'everything undone, on Ctrl-C or after -t seconds.',
+  )
+  .requiredOption('-n, --name <name>', 'the VM, as libvmi knows it')
+  .requiredOption('-s, --socket <path>', 'unix socket that the hypervisor connects to')
+  .requiredOption('-j, --profile <file>', "ISF profile of the guest's kernel (JSON)")
+  .addOption(hook())
+  .addOption(
+    new Option('-t, --time <seconds>', 'unload after this long (default: on Ctrl-C)').argParser(seconds),
+  )
+  .addOption(
+    new Option('--threshold <n>', 'relocate a table load after more than this many trapped reads')
+      .argParser(integer(1, 1_000_000))
+      .default(DEFAULT_THRESHOLD),
+  )
+  .option('--no-relocate', 'hide the hooks but leave the table loads where they are')
+  .addOption(
+    new Option('--unload-timeout <seconds>', 'how long to wait for threads to leave the handlers')
+      .argParser(seconds)
+      .default(DEFAULT_UNLOAD_SECONDS),
+  )
+  .option(
+    '--journal <file>',
+    'where changes to the guest are recorded while they last (default: SOCKET.journal)',
+  )
+  .addOption(library())
+  .addOption(json())
+  .action((options) => run(() => attachCommand(options, new Output(options.json ?? false))));
+
+program
+  .command('scan')
+  .description('List the switch-table loads of a PE64 file on disk, and which of them could be relocated.')
+  .argument('<file>', 'an x86-64 Windows executable, library or driver')
+  .addOption(json())
+  .action((file, options) => run(() => scanFile(file, options, process.stdout)));
+
+async function run(action: () => Promise<void> | void): Promise<void> {
+  try {
+    await action();
+  } catch (error) {
+    // Not process.exit at once: what was printed so far has to reach a pipe.
+    process.exitCode = reportError(error);
+  }
+}
+
+await program.parseAsync();

@@ -1,0 +1,178 @@
+import { CloakMap } from '../cloak/cloak-map.js';
+import type { Journal } from '../journal/journal.js';
+import type { Kernel } from '../nt/kernel.js';
+import { SlackAllocator } from '../slack/allocator.js';
+import { findSlack } from '../slack/regions.js';
+import type { Gva } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import { whileQuiescent } from '../vmi/quiescence.js';
+import { InstructionCache } from '../x86/instruction-cache.js';
+import { Hooks } from './hooks.js';
+import { Monitor } from './monitor.js';
+import { type AppliedPatch, Patcher } from './patcher.js';
+import { type Redirection, Redirections } from './redirections.js';
+import { Relocator } from './relocator.js';
+import type { EngineEvent, Statistics, UnloadReport } from './report.js';
+import { SiteTable } from './sites.js';
+import { Unloader } from './unloader.js';
+
+export interface EngineOptions {
+  /** A load is relocated once it has trapped more often than this. */
+  readonly threshold: number;
+  /** How long `unload` waits for threads to leave our code. */
+  readonly unloadSeconds: number;
+  readonly report: (event: EngineEvent) => void;
+}
+
+/**
+ * Hides hooks in a guest's kernel and relocates the table loads that this makes expensive.
+ *
+ * Violations are answered while the hypervisor listens; whoever owns the hypervisor calls `work` between two
+ * listens, and `unload` before it goes away.
+ */
+export class Engine {
+  readonly #hypervisor: Hypervisor;
+  readonly #options: EngineOptions;
+  readonly #cloaks = new CloakMap<AppliedPatch>();
+  readonly #instructions = new InstructionCache();
+  readonly #sites = new SiteTable();
+  readonly #slack: SlackAllocator;
+  readonly #patcher: Patcher;
+  readonly #redirections: Redirections;
+  readonly #monitor: Monitor;
+  readonly #hooks: Hooks;
+  readonly #relocator: Relocator;
+  readonly #unloader: Unloader;
+  #loaded = true;
+
+  /** Begins to answer violations; changes nothing in the guest. */
+  constructor(hypervisor: Hypervisor, kernel: Kernel, journal: Journal, options: EngineOptions) {
+    this.#hypervisor = hypervisor;
+    this.#options = options;
+    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image));
+    this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks);
+    this.#redirections = new Redirections(this.#patcher, this.#slack);
+    this.#monitor = new Monitor(
+      hypervisor,
+      kernel,
+      this.#cloaks,
+      this.#instructions,
+      this.#sites,
+      options.threshold,
+    );
+    const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
+    this.#hooks = new Hooks(hypervisor, kernel, this.#slack, this.#redirections, readOriginal);
+    this.#relocator = new Relocator(kernel, this.#slack, this.#redirections, readOriginal);
+    this.#unloader = new Unloader(hypervisor, kernel, this.#redirections);
+    hypervisor.onViolation((violation) => this.#monitor.handle(violation));
+  }
+
+  /** False once everything has been taken out of the guest. */
+  get loaded(): boolean {
+    return this.#loaded;
+  }
+
+  /** Whether hot table loads are relocated; they are counted in any case. */
+  set relocating(enabled: boolean) {
+    this.#monitor.relocating = enabled;
+  }
+
+  /**
+   * Places a transparent detour on `nt!Name`.
+   *
+   * @throws MemtablesError see `Hooks.place`
+   */
+  hook(name: string): void {
+    const hook = this.#hooks.place(name);
+    this.#forgetInstructions(hook);
+    this.#options.report({
+      type: 'hooked',
+      name,
+      function: hook.at,
+      trampoline: hook.slack.gva,
+      replacedBytes: hook.length,
+    });
+  }
+
+  /**
+   * The work step: does what violations have queued. To be called between two listens.
+   *
+   * @throws MemtablesError of the hypervisor; the change under way has been taken back then
+   */
+  work(): void {
+    if (!this.#monitor.hasWork) return;
+    whileQuiescent(this.#hypervisor, () => {
+      this.#takeBackOverwritten();
+      for (const site of this.#monitor.takeQueue()) {
+        const outcome = this.#relocator.relocate(site);
+        if (outcome.type === 'relocated') this.#forgetInstructions(site.redirection!);
+        this.#options.report(outcome);
+      }
+    });
+  }
+
+  /**
+   * Takes every change out of the guest: sites and hooked functions at once, handlers when no thread is inside.
+   *
+   * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside for longer than the option allows
+   */
+  unload(): UnloadReport {
+    this.#monitor.relocating = false;
+    this.#monitor.takeQueue();
+    const report = this.#unloader.unload(
+      this.#options.unloadSeconds,
+      () => this.#takeBackOverwritten(),
+      (where) => this.#options.report({ type: 'unload-blocked', where }),
+    );
+    this.#loaded = false;
+    return report;
+  }
+
+  statistics(): Statistics {
+    const monitor = this.#monitor;
+    const refused: Record<string, number> = {};
+    for (const { refusal } of this.#sites.all()) {
+      if (refusal !== undefined) refused[refusal] = (refused[refusal] ?? 0) + 1;
+    }
+    return {
+      violations: monitor.violations,
+      tableLoads: monitor.tableLoads,
+      relocations: this.#redirections.ofKind('relocation').length,
+      refused,
+      staleEvents: monitor.staleEvents,
+      cloakedReads: Object.fromEntries(monitor.cloakedReads),
+      cloakedWrites: monitor.cloakedWrites,
+      otherReads: { reads: monitor.otherReads, readers: monitor.readers.size },
+      hooks: this.#redirections.ofKind('hook').length,
+      trappedFrames: this.#cloaks.frames().length,
+      slack: { bytes: this.#slack.bytes, free: this.#slack.freeBytes },
+    };
+  }
+
+  /** What the guest has written over is the guest's: the redirection it belonged to is taken back. */
+  #takeBackOverwritten(): void {
+    const retired = new Set<Redirection>();
+    for (const { gpa, length } of this.#monitor.takeWrites()) {
+      for (const patch of this.#patcher.reconcile(gpa, length)) {
+        const redirection = this.#redirections.ownerOf(patch);
+        if (redirection !== undefined) retired.add(redirection);
+      }
+    }
+    for (const redirection of retired) {
+      this.#redirections.disable(redirection);
+      this.#forgetInstructions(redirection);
+      for (const site of this.#sites.all()) {
+        if (site.redirection !== redirection) continue;
+        site.state = 'ignored';
+        site.refusal = 'overwritten-by-guest';
+      }
+      this.#options.report({ type: 'taken-back', owner: redirection.label, at: redirection.at });
+    }
+  }
+
+  /** Another vCPU must not be answered by what stood there before. */
+  #forgetInstructions(redirection: Redirection): void {
+    this.#instructions.invalidate(redirection.at, redirection.length);
+    this.#instructions.invalidate(redirection.slack.gva, redirection.slack.size);
+  }
+}

@@ -1,0 +1,91 @@
+import { MemtablesError } from '../errors.js';
+import { MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
+import type { Kernel } from '../nt/kernel.js';
+import { FunctionTable } from '../nt/pdata.js';
+import { scanGuest } from '../safety/scan.js';
+import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
+import { holdsStableCode } from '../slack/regions.js';
+import type { Gva } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import { whileQuiescent } from '../vmi/quiescence.js';
+import { letGuestRun } from './patience.js';
+import { interiorOf, type Redirection, type Redirections } from './redirections.js';
+
+const MODULE_PREFIX = 'nt!';
+/** A function's first bytes are left within microseconds, or within a time slice if it was preempted there. */
+const ATTEMPTS = 200;
+const PAUSE_MS = 10;
+
+/** Places transparent detours: the function does what it did, by way of a trampoline in slack. */
+export class Hooks {
+  constructor(
+    private readonly hypervisor: Hypervisor,
+    private readonly kernel: Kernel,
+    private readonly slack: SlackAllocator,
+    private readonly redirections: Redirections,
+    private readonly readOriginal: (gva: Gva, length: number) => Uint8Array,
+  ) {}
+
+  /**
+   * Hooks `nt!Name`.
+   *
+   * @throws MemtablesError `SYMBOL_NOT_FOUND`; `HOOK_REFUSED` with the reason in its context when the function
+   *   cannot be hooked; `SLACK_EXHAUSTED`. The guest is as before then.
+   */
+  place(name: string): Redirection {
+    const target = this.#locate(name);
+    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
+    try {
+      for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+        const hook = whileQuiescent(this.hypervisor, () => this.#tryPlace(name, target, slack));
+        if (hook !== undefined) return hook;
+        letGuestRun(this.hypervisor, PAUSE_MS);
+      }
+      throw refused(name, 'in-use', 'Try again: threads kept standing in its first instructions.');
+    } catch (error) {
+      this.slack.free(slack);
+      throw error;
+    }
+  }
+
+  /** `undefined` when a thread stands in the bytes that would be replaced. */
+  #tryPlace(name: string, target: { gva: Gva; length: number }, slack: SlackBlock): Redirection | undefined {
+    const bytes = this.readOriginal(target.gva, target.length);
+    const plan = planDetour({ gva: target.gva, bytes }, slack.gva);
+    if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
+    const interior = interiorOf(target.gva, plan.entry.bytes.length, name);
+    if (scanGuest(this.hypervisor, this.kernel, [interior]).verdict !== 'safe') return undefined;
+    return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
+  }
+
+  #locate(name: string): { gva: Gva; length: number } {
+    if (!name.startsWith(MODULE_PREFIX) || name.length === MODULE_PREFIX.length) {
+      throw new MemtablesError('INVALID_ARGUMENT', `'${name}' does not name a function of the kernel`, {
+        remedy: 'Write nt!Name, with the name as the profile has it.',
+        context: { name },
+      });
+    }
+    if (this.redirections.ofKind('hook').some((hook) => hook.label === name)) {
+      throw refused(name, 'hooked-already', 'Hook each function once.');
+    }
+    const rva = this.kernel.symbolRva(name.slice(MODULE_PREFIX.length));
+    const { image } = this.kernel;
+    const section = image.sectionAt(rva);
+    if (section === undefined || !section.executable) throw refused(name, 'not-code', 'Name a function.');
+    if (!holdsStableCode(section)) {
+      throw refused(name, 'pageable', `Hook a function outside ${section.name}, which can be paged out.`);
+    }
+    const entry = FunctionTable.read(image).entryAt(rva);
+    if (entry === undefined)
+      throw refused(name, 'no-unwind-data', 'Its extent is not known; hook another one.');
+    if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
+    return { gva: this.kernel.base + BigInt(rva), length: entry.end - entry.begin };
+  }
+}
+
+function refused(name: string, reason: string, remedy: string): MemtablesError {
+  return new MemtablesError('HOOK_REFUSED', `${name} cannot be hooked: ${reason}`, {
+    remedy,
+    context: { function: name, reason },
+  });
+}

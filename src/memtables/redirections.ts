@@ -1,0 +1,103 @@
+import type { Patch } from '../handlers/plan.js';
+import type { LiveRange } from '../safety/ranges.js';
+import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
+import type { Gva } from '../vmi/address.js';
+import type { AppliedPatch, Patcher } from './patcher.js';
+
+/** Guest code replaced by a jump, and code of ours in slack that it leads to: a relocated load, or a hook. */
+export interface Redirection {
+  readonly kind: 'relocation' | 'hook';
+  /** What it is, for a person. */
+  readonly label: string;
+  readonly at: Gva;
+  /** Bytes that the jump replaces. */
+  readonly length: number;
+  readonly code: AppliedPatch;
+  readonly slack: SlackBlock;
+  /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
+  jump: AppliedPatch | undefined;
+}
+
+/** Every redirection that is in the guest. To be changed on a quiescent guest only. */
+export class Redirections {
+  readonly #all = new Set<Redirection>();
+
+  constructor(
+    private readonly patcher: Patcher,
+    private readonly slack: SlackAllocator,
+  ) {}
+
+  all(): Redirection[] {
+    return [...this.#all];
+  }
+
+  ofKind(kind: Redirection['kind']): Redirection[] {
+    return [...this.#all].filter((redirection) => redirection.kind === kind);
+  }
+
+  /**
+   * Writes the code, then the jump to it; either both are in the guest afterwards or none.
+   *
+   * @throws MemtablesError of the hypervisor or the journal
+   */
+  install(
+    kind: Redirection['kind'],
+    label: string,
+    patches: { readonly code: Patch; readonly jump: Patch },
+    slack: SlackBlock,
+  ): Redirection {
+    const code = this.patcher.apply(`code of ${label}`, patches.code);
+    let jump: AppliedPatch;
+    try {
+      jump = this.patcher.apply(`jump of ${label}`, patches.jump);
+    } catch (error) {
+      this.patcher.revert(code);
+      throw error;
+    }
+    const { gva, bytes } = patches.jump;
+    const redirection: Redirection = { kind, label, at: gva, length: bytes.length, code, jump, slack };
+    this.#all.add(redirection);
+    return redirection;
+  }
+
+  /** Puts the replaced code back; a thread inside our code finishes normally. */
+  disable(redirection: Redirection): void {
+    if (redirection.jump === undefined) return;
+    this.patcher.revert(redirection.jump);
+    redirection.jump = undefined;
+  }
+
+  /** Takes our code out as well. Only when no RIP and no stack leads into it. */
+  remove(redirection: Redirection): void {
+    this.disable(redirection);
+    this.patcher.revert(redirection.code);
+    this.slack.free(redirection.slack);
+    this.#all.delete(redirection);
+  }
+
+  /** The redirection that a patch belongs to. */
+  ownerOf(patch: AppliedPatch): Redirection | undefined {
+    return [...this.#all].find(({ code, jump }) => code === patch || jump === patch);
+  }
+
+  /** Where a live pointer must not be when our code is taken out. */
+  codeRanges(redirections: Iterable<Redirection>): LiveRange[] {
+    return [...redirections].map(({ label, slack }) => ({
+      start: slack.gva,
+      end: slack.gva + BigInt(slack.size),
+      owner: label,
+    }));
+  }
+
+  /** Where a live pointer must not be when a hook's replaced code is put back: behind its first byte. */
+  entryRanges(): LiveRange[] {
+    return this.ofKind('hook')
+      .filter(({ jump }) => jump !== undefined)
+      .map(({ at, length, label }) => interiorOf(at, length, label));
+  }
+}
+
+/** A range without its first byte: a thread that stands there has not begun to execute it. */
+export function interiorOf(at: Gva, length: number, owner: string): LiveRange {
+  return { start: at + 1n, end: at + BigInt(length), owner };
+}

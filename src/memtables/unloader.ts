@@ -1,0 +1,108 @@
+import { MemtablesError } from '../errors.js';
+import type { Kernel } from '../nt/kernel.js';
+import { type Finding, type ScanResult, scanGuest } from '../safety/scan.js';
+import { hex } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import { whileQuiescent } from '../vmi/quiescence.js';
+import { letGuestRun } from './patience.js';
+import type { Redirection, Redirections } from './redirections.js';
+import type { UnloadReport } from './report.js';
+
+/** How long the guest runs between two scans: longer each time, up to a few time slices. */
+const FIRST_PAUSE_MS = 5;
+const LONGEST_PAUSE_MS = 200;
+/** How many places a message names. */
+const MAX_PLACES = 5;
+
+/** Takes redirections out of the guest, once no live RIP and no stack leads into what goes away. */
+export class Unloader {
+  #scans = 0;
+  #blocked = 0;
+  #inHandlers = 0;
+
+  constructor(
+    private readonly hypervisor: Hypervisor,
+    private readonly kernel: Kernel,
+    private readonly redirections: Redirections,
+  ) {}
+
+  /**
+   * Restores every site, waits until nothing is inside a handler or trampoline, then empties the slack.
+   *
+   * @param onBlocked is told what stands in the way, after each scan that was blocked
+   * @throws MemtablesError `UNLOAD_BLOCKED` after `seconds`: no new thread enters a handler then, but the code of
+   *   the handlers is still there, hidden for as long as the tool stays attached
+   */
+  unload(seconds: number, prepare: () => void, onBlocked: (places: readonly string[]) => void): UnloadReport {
+    const started = performance.now();
+    let pause = FIRST_PAUSE_MS;
+    for (;;) {
+      const obstacles = whileQuiescent(this.hypervisor, () => {
+        prepare();
+        return this.#tryRemoveAll();
+      });
+      if (obstacles === undefined) break;
+      const places = describeObstacles(obstacles);
+      onBlocked(places);
+      if (performance.now() - started > seconds * 1000) {
+        throw new MemtablesError(
+          'UNLOAD_BLOCKED',
+          'threads stayed inside the handlers; the guest still holds them',
+          {
+            remedy:
+              'The sites are restored: attach again later, or restart the guest; the journal lists what is left.',
+            context: { seconds, scans: this.#scans, places },
+          },
+        );
+      }
+      letGuestRun(this.hypervisor, pause);
+      pause = Math.min(pause * 2, LONGEST_PAUSE_MS);
+    }
+    return {
+      scans: this.#scans,
+      blocked: this.#blocked,
+      inHandlerAtScan: this.#inHandlers,
+      seconds: (performance.now() - started) / 1000,
+    };
+  }
+
+  /** Takes out the code of `retired` redirections, if nothing is inside it now; for a quiescent guest. */
+  removeRetired(retired: readonly Redirection[]): void {
+    if (this.#scan(this.redirections.codeRanges(retired)).verdict !== 'safe') return;
+    for (const redirection of retired) this.redirections.remove(redirection);
+  }
+
+  #tryRemoveAll(): ScanResult | undefined {
+    for (const relocation of this.redirections.ofKind('relocation')) this.redirections.disable(relocation);
+    const entries = this.redirections.entryRanges();
+    const code = this.redirections.codeRanges(this.redirections.all());
+    const result = this.#scan([...entries, ...code]);
+    const occupied = new Set(result.findings.map(({ range }) => range));
+    if (result.unsettled.length === 0 && !entries.some((range) => occupied.has(range))) {
+      for (const hook of this.redirections.ofKind('hook')) this.redirections.disable(hook);
+    }
+    if (result.verdict !== 'safe') return result;
+    for (const redirection of this.redirections.all()) this.redirections.remove(redirection);
+    return undefined;
+  }
+
+  #scan(ranges: Parameters<typeof scanGuest>[2]): ScanResult {
+    const result = scanGuest(this.hypervisor, this.kernel, ranges);
+    this.#scans++;
+    if (result.verdict !== 'safe') this.#blocked++;
+    this.#inHandlers += result.findings.length;
+    return result;
+  }
+}
+
+function describeObstacles({ findings, unsettled }: ScanResult): string[] {
+  const places = [...findings.map(describeFinding), ...unsettled];
+  const more = places.length - MAX_PLACES;
+  return more > 0 ? [...places.slice(0, MAX_PLACES), `and ${more} more`] : places;
+}
+
+function describeFinding({ kind, value, range, vcpu, thread }: Finding): string {
+  const holder =
+    vcpu === undefined ? `thread ${thread === undefined ? '?' : hex(thread.gva)}` : `vCPU ${vcpu}`;
+  return `${hex(value)} (${range.owner}) in the ${kind.replace('-', ' ')} of ${holder}`;
+}
