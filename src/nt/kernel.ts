@@ -89,8 +89,8 @@ export class Kernel {
 export function discoverKernel(hypervisor: Hypervisor, profile: Profile): Kernel {
   const { base, memory } = locate(hypervisor);
   const { image, holes } = readImage(memory, base);
-  checkIdentity(image.pdb(), profile);
   checkHoles(image, holes, base);
+  checkIdentity(image.pdb(), profile);
   const systemMemory = openSystemMemory(hypervisor, profile, image, base, memory);
   const ssdt = readSsdtRange(systemMemory, profile, image, base);
   return new Kernel(base, image, holes, systemMemory, profile, ssdt);
@@ -196,8 +196,9 @@ function describePdb(pdb: PdbReference): string {
 
 /** Only what the kernel itself discards or pages out may be missing. */
 function checkHoles(image: PeImage, holes: ReadonlySet<number>, base: Gva): void {
-  for (const { name, rva, virtualSize, discardable, ...section } of image.sections) {
-    if (discardable || isPageable({ name, rva, virtualSize, discardable, ...section })) continue;
+  for (const section of image.sections) {
+    if (section.discardable || isPageable(section)) continue;
+    const { name, rva, virtualSize } = section;
     for (let page = rva - (rva % PAGE_SIZE); page < rva + virtualSize; page += PAGE_SIZE) {
       if (!holes.has(page)) continue;
       throw new MemtablesError(

@@ -84,7 +84,7 @@ export function liveStacks(
 function kernelEntry({ rsp0, rspBase }: Processor, { initialStack }: Thread, stack: Stack): Gva {
   const entries = [rsp0, rspBase, initialStack].filter((at) => at > stack.limit && at <= stack.base);
   // Under KVA shadow RSP0 leads elsewhere; with no entry known the whole stack counts.
-  return entries.reduce((lowest, at) => (at < lowest ? at : lowest), entries[0] ?? stack.limit);
+  return entries.sort((a, b) => Number(a - b))[0] ?? stack.limit;
 }
 
 function processorStacks({
@@ -100,13 +100,9 @@ function processorStacks({
   ].filter(({ end }) => end !== 0n);
 }
 
-/** The lower end of the mapped memory right below `top`, at most `limit` bytes away. */
+/** The lower end of the mapped memory below `top`: the first page that starts `limit` bytes away or further. */
 function lowestMapped(kernel: Kernel, top: Gva, limit: bigint): Gva {
-  const floor = top - limit;
   let lowest = top;
-  while (lowest > floor && kernel.memory.isMapped(lowest - 1n)) {
-    const page = pageBase(lowest - 1n);
-    lowest = page < floor ? floor : page;
-  }
+  while (top - lowest < limit && kernel.memory.isMapped(lowest - 1n)) lowest = pageBase(lowest - 1n);
   return lowest;
 }
