@@ -61,12 +61,9 @@ export function liveStacks(
   if (other !== undefined) return `vCPU ${vcpu} is between thread ${other.tid} and thread ${thread.tid}`;
 
   const stacks = processorStacks(processor);
-  const current = stacks
-    .filter(({ end }) => rsp < end && lowestMapped(kernel, end, MAX_PROCESSOR_STACK_BYTES) <= rsp)
-    .reduce<(typeof stacks)[number] | undefined>(
-      (nearest, each) => (nearest === undefined || each.end < nearest.end ? each : nearest),
-      undefined,
-    );
+  const current = stacks.find(
+    ({ end }) => rsp < end && lowestMapped(kernel, end, MAX_PROCESSOR_STACK_BYTES) <= rsp,
+  );
   if (current === undefined) return `vCPU ${vcpu} is on an unknown stack at ${hex(rsp)}`;
   return [
     { ...onThread, start: lowestMapped(kernel, stack.base, stack.base - stack.limit) },

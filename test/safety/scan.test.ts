@@ -1,0 +1,404 @@
+import { describe, expect, it } from 'vitest';
+import { discoverKernel } from '../../src/nt/kernel.js';
+import { type LiveRange, scanGuest } from '../../src/safety/scan.js';
+import type { Gva } from '../../src/vmi/address.js';
+import { FakeGuest, profile, State } from '../kernel/fake-guest.js';
+
+/** Offsets in KTRAP_FRAME, and its size. */
+const TRAP_RIP = 0x168n;
+const TRAP_CS = 0x170n;
+const TRAP_FRAME_SIZE = 0x190n;
+
+function setUp(vcpus = 1) {
+  const guest = new FakeGuest({ vcpus });
+  const handler: LiveRange = { start: guest.base + 0x2f00n, end: guest.base + 0x2f80n, owner: 'handler' };
+  const inside = handler.start + 0x11n;
+  const scan = () => scanGuest(guest, discoverKernel(guest, profile), [handler]);
+  const process = guest.addProcess('work.exe', 8n);
+  return { guest, handler, inside, scan, process };
+}
+
+function writeTrapFrame(guest: FakeGuest, at: Gva, rip: Gva): void {
+  guest.write64(at + TRAP_RIP, rip);
+  guest.write64(at + TRAP_CS, 0x10n);
+}
+
+describe('a scan of a guest in which nothing lives in a range', () => {
+  it('is safe, and has looked at every thread and at idle ones', () => {
+    const { guest, scan, process } = setUp(2);
+    guest.addThread(guest.system);
+    guest.addThread(process, { state: State.Ready, depth: 0x1008n });
+    expect(scan()).toMatchObject({ verdict: 'safe', findings: [], unsettled: [], scannedThreads: 4 });
+    expect(scan().scannedBytes).toBe(0x400 + 0x1008 + 2 * 0x200);
+  });
+});
+
+describe('a RIP in a range', () => {
+  it('blocks, on any vCPU', () => {
+    const { guest, inside, handler, scan } = setUp(3);
+    guest.vcpus[2]!.rip = inside;
+    expect(scan()).toMatchObject({
+      verdict: 'blocked',
+      findings: [{ kind: 'vcpu-rip', vcpu: 2, value: inside, range: handler }],
+    });
+  });
+
+  it('does not block right behind the range, nor as a user-mode address', () => {
+    const { guest, handler, scan } = setUp(2);
+    guest.vcpus[0]!.rip = handler.end;
+    guest.enterUserMode(1);
+    guest.vcpus[1]!.rip = handler.start;
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('blocks even on a vCPU whose stack is unknown', () => {
+    const { guest, inside, scan } = setUp();
+    guest.vcpus[0]!.rip = inside;
+    guest.vcpus[0]!.rsp = 0x12_f000n;
+    expect(scan().verdict).toBe('blocked');
+  });
+});
+
+describe('a thread that does not run', () => {
+  it.each([30, 31, 32, 38, 5, 0])(
+    'blocks when it was preempted in a handler, wait reason %s',
+    (waitReason) => {
+      const { guest, inside, scan, process } = setUp();
+      const thread = guest.addThread(process, { waitReason, depth: 0x600n });
+      const frame = thread.base - 0x600n + 0x80n;
+      writeTrapFrame(guest, frame, inside);
+      expect(scan()).toMatchObject({
+        verdict: 'blocked',
+        findings: [
+          {
+            kind: 'thread-stack',
+            where: frame + TRAP_RIP,
+            value: inside,
+            thread: { gva: thread.gva, process: { pid: 8n } },
+          },
+        ],
+      });
+    },
+  );
+
+  it.each([State.Ready, State.Standby])('blocks in state %s', (state) => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { state });
+    guest.write64(thread.base - 0x100n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('blocks for a frame deep under the wait of an APC, pages away from its stack pointer', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x5008n });
+    writeTrapFrame(guest, thread.base - TRAP_FRAME_SIZE - 0x50n, inside);
+    expect(scan().findings).toHaveLength(1);
+  });
+
+  it('blocks for the value at its stack pointer and for the last one of its stack', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x400n });
+    guest.write64(thread.base - 0x400n, inside);
+    guest.write64(thread.base - 8n, inside);
+    expect(scan().findings.map(({ where }) => where)).toEqual([thread.base - 0x400n, thread.base - 8n]);
+  });
+
+  it('does not block for a value right below its stack pointer', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x400n });
+    guest.write64(thread.base - 0x408n, inside);
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('does not block for a value that is not aligned', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x400n });
+    guest.write64(thread.base - 0x104n, inside);
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('blocks with a large stack', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { stackBytes: 0x12000, depth: 0x11000n });
+    guest.write64(thread.base - 0x11000n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('is skipped when it is terminated, whatever its stack has become', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process, { state: State.Terminated });
+    for (const field of ['StackBase', 'StackLimit', 'KernelStack'])
+      guest.set(thread.gva, '_KTHREAD', field, 0n);
+    expect(scan()).toMatchObject({ verdict: 'safe', scannedThreads: 1 });
+  });
+
+  it('is unsettled when its stack is paged out', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x3000n });
+    guest.unmap(thread.base - 0x2000n);
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringMatching(/work\.exe \(8\) is not in memory/)],
+    });
+  });
+
+  it('blocks all the same for what is left of a stack that is partly paged out', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x3000n });
+    guest.write64(thread.base - 0x3000n, inside);
+    guest.unmap(thread.base - 0x2000n);
+    expect(scan()).toMatchObject({ verdict: 'blocked', unsettled: [expect.anything()] });
+  });
+
+  it('is unsettled when it claims to run', () => {
+    const { guest, scan, process } = setUp();
+    guest.addThread(process, { state: State.Running });
+    expect(scan().verdict).toBe('unsettled');
+  });
+
+  it('gives no verdict when it saved a stack pointer outside its stack', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.set(thread.gva, '_KTHREAD', 'KernelStack', thread.base + 0x1000n);
+    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+  });
+});
+
+describe('an idle thread', () => {
+  it('blocks when another thread has taken its processor', () => {
+    const { guest, inside, scan, process } = setUp();
+    guest.run(0, guest.addThread(process));
+    guest.write64(guest.processors[0]!.idle.base - 0x200n, inside);
+    expect(scan()).toMatchObject({
+      verdict: 'blocked',
+      findings: [{ kind: 'thread-stack', thread: { gva: guest.processors[0]!.idle.gva } }],
+    });
+  });
+
+  it('blocks when it runs', () => {
+    const { guest, inside, scan } = setUp(2);
+    guest.write64(guest.processors[1]!.idle.base - 0x180n, inside);
+    expect(scan().findings).toMatchObject([{ kind: 'thread-stack', vcpu: 1 }]);
+  });
+});
+
+describe('a thread that runs', () => {
+  it('is scanned from the RSP of its vCPU, not from the stack pointer it once saved', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x100n });
+    guest.run(0, thread, 0x800n);
+    guest.write64(thread.base - 0x700n, inside);
+    expect(scan().findings).toMatchObject([{ kind: 'thread-stack', vcpu: 0, where: thread.base - 0x700n }]);
+    guest.vcpus[0]!.rsp = thread.base - 0x600n;
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('is not asked for a saved stack pointer', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.run(0, thread);
+    guest.set(thread.gva, '_KTHREAD', 'KernelStack', 0n);
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('blocks though it is terminated: it has not left its stack yet', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.run(0, thread);
+    guest.set(thread.gva, '_KTHREAD', 'State', BigInt(State.Terminated));
+    guest.write64(thread.base - 0x100n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('blocks though it is in no list', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.run(0, thread);
+    const head = process + guest.offset('_EPROCESS', 'ThreadListHead');
+    guest.write64(head, head);
+    guest.write64(head + 8n, head);
+    guest.write64(thread.base - 0x100n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('counts from the aligned value that RSP points into', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.run(0, thread);
+    guest.vcpus[0]!.rsp = thread.base - 0x1fcn;
+    guest.write64(thread.base - 0x200n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+});
+
+describe('a vCPU in user mode', () => {
+  const inUserMode = () => {
+    const all = setUp();
+    const thread = all.guest.addThread(all.process);
+    all.guest.run(0, thread);
+    all.guest.enterUserMode(0);
+    return { ...all, thread };
+  };
+
+  it('has nothing alive where the kernel would begin to push', () => {
+    const { guest, inside, scan, thread } = inUserMode();
+    guest.write64(guest.initialStack(thread) - 8n, inside);
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it('has the frames above a call back into user mode alive', () => {
+    const { guest, inside, scan, thread } = inUserMode();
+    const entry = thread.base - 0x800n;
+    guest.set(guest.processors[0]!.kpcr + 0x180n, '_KPRCB', 'RspBase', entry);
+    guest.write64(guest.processors[0]!.tss + 4n, entry);
+    guest.set(thread.gva, '_KTHREAD', 'InitialStack', entry);
+    guest.write64(thread.base - 0x700n, inside);
+    expect(scan().findings).toMatchObject([{ kind: 'thread-stack', vcpu: 0 }]);
+  });
+
+  it('is scanned under KVA shadow, where interrupts enter on a stack of their own', () => {
+    const { guest, inside, scan, thread } = inUserMode();
+    guest.write64(guest.processors[0]!.tss + 4n, guest.allocate(0x1000) + 0x1000n);
+    expect(scan().verdict).toBe('safe');
+    guest.write64(thread.base - 0x10n, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('has its whole stack looked at when nothing says where the kernel enters', () => {
+    const { guest, inside, scan, thread } = inUserMode();
+    guest.set(guest.processors[0]!.kpcr + 0x180n, '_KPRCB', 'RspBase', 0n);
+    guest.write64(guest.processors[0]!.tss + 4n, 0n);
+    guest.set(thread.gva, '_KTHREAD', 'InitialStack', 0n);
+    guest.write64(thread.limit, inside);
+    expect(scan().verdict).toBe('blocked');
+  });
+});
+
+describe('a vCPU on a stack of its processor', () => {
+  const interrupted = (choose: (guest: FakeGuest) => Gva) => {
+    const all = setUp();
+    const thread = all.guest.addThread(all.process);
+    all.guest.run(0, thread);
+    const ist = all.guest.allocate(0x4000) + 0x4000n;
+    all.guest.setIst(0, 2, ist);
+    const top = choose(all.guest) || ist;
+    all.guest.vcpus[0]!.rsp = top - 0x300n;
+    return { ...all, thread, top };
+  };
+  const stacks: [string, (guest: FakeGuest) => Gva][] = [
+    ['dpc-stack', (guest) => guest.processors[0]!.dpcStack],
+    ['isr-stack', (guest) => guest.processors[0]!.isrStack],
+    ['ist-stack', () => 0n],
+  ];
+
+  it.each(stacks)('is safe when nothing lives there: %s', (_, choose) => {
+    expect(interrupted(choose).scan()).toMatchObject({ verdict: 'safe', unsettled: [] });
+  });
+
+  it.each(stacks)('blocks for a value on it: %s', (kind, choose) => {
+    const { guest, inside, scan, top } = interrupted(choose);
+    guest.write64(top - 0x300n, inside);
+    expect(scan().findings).toMatchObject([{ kind, vcpu: 0, where: top - 0x300n }]);
+  });
+
+  it.each(stacks)('does not block for a value below its RSP: %s', (_, choose) => {
+    const { guest, inside, scan, top } = interrupted(choose);
+    guest.write64(top - 0x308n, inside);
+    expect(scan().verdict).toBe('safe');
+  });
+
+  it.each(stacks)('blocks for the trap frame of the thread it interrupted: %s', (_, choose) => {
+    const { guest, inside, scan, thread } = interrupted(choose);
+    writeTrapFrame(guest, thread.base - 0x1800n, inside);
+    expect(scan().findings).toMatchObject([
+      { kind: 'thread-stack', where: thread.base - 0x1800n + TRAP_RIP },
+    ]);
+  });
+
+  it('blocks for what a non-maskable interrupt interrupted on the DPC stack', () => {
+    const { guest, inside, scan } = interrupted(() => 0n);
+    guest.write64(guest.processors[0]!.dpcStack - 0x1000n, inside);
+    expect(scan().findings).toMatchObject([{ kind: 'dpc-stack', vcpu: 0 }]);
+  });
+
+  it('leaves the dead values on it alone once its thread is back on its own', () => {
+    const { guest, inside, scan, thread, top } = interrupted((each) => each.processors[0]!.dpcStack);
+    guest.write64(top - 0x300n, inside);
+    guest.vcpus[0]!.rsp = thread.base - 0x200n;
+    expect(scan().verdict).toBe('safe');
+  });
+});
+
+describe('a vCPU that cannot be judged', () => {
+  it('is unsettled in the middle of a context switch, on the stack of the thread it leaves', () => {
+    const { guest, scan, process } = setUp();
+    const from = guest.addThread(process);
+    guest.run(0, guest.addThread(process));
+    guest.vcpus[0]!.rsp = from.base - 0x300n;
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('between thread')],
+    });
+  });
+
+  it('is unsettled at the first instructions of a system call, still on the user stack', () => {
+    const { guest, scan } = setUp();
+    guest.vcpus[0]!.rsp = 0x12_f000n;
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('unknown stack')],
+    });
+  });
+
+  it('is unsettled on a stack that nothing records, as those of KVA shadow entries', () => {
+    const { guest, scan } = setUp();
+    guest.vcpus[0]!.rsp = guest.allocate(0x2000) + 0x1800n;
+    expect(scan().verdict).toBe('unsettled');
+  });
+
+  it('is unsettled in memory that only looks like a stack from afar: a page in between is not mapped', () => {
+    const { guest, scan } = setUp();
+    const top = guest.processors[0]!.dpcStack;
+    guest.unmap(top - 0x2000n);
+    guest.vcpus[0]!.rsp = top - 0x2800n;
+    expect(scan().verdict).toBe('unsettled');
+  });
+
+  it('is unsettled while it is being brought up', () => {
+    const { guest, scan } = setUp(2);
+    Object.assign(guest.vcpus[1]!, { gsBase: 0n, trBase: 0n });
+    expect(scan().verdict).toBe('unsettled');
+  });
+
+  it('is left out while it has not been started', () => {
+    const { guest, scan } = setUp(2);
+    Object.assign(guest.vcpus[1]!, { efer: 0n, cr3: 0n, gsBase: 0n, trBase: 0n });
+    expect(scan()).toMatchObject({ verdict: 'safe', scannedThreads: 1 });
+  });
+
+  it('gives no verdict when a list is broken', () => {
+    const { guest, scan, process } = setUp();
+    const links = guest.offset('_EPROCESS', 'ActiveProcessLinks');
+    guest.write64(process + links, process + links);
+    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+  });
+
+  it('gives no verdict when the thread list of a process is broken', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.write64(thread.gva + guest.offset('_ETHREAD', 'ThreadListEntry'), 0n);
+    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+  });
+});
+
+describe('many findings', () => {
+  it('are cut off, but still block', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x6000n });
+    for (let at = thread.limit; at < thread.base; at += 8n) guest.write64(at, inside);
+    const second = guest.addThread(process, { depth: 0x6000n });
+    for (let at = second.limit; at < second.base; at += 8n) guest.write64(at, inside);
+    expect(scan().verdict).toBe('blocked');
+    expect(scan().findings).toHaveLength(1000);
+  });
+});
