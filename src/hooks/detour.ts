@@ -2,14 +2,11 @@ import { encodeJump, JUMP_LENGTH, rel32 } from '../handlers/jump.js';
 import type { Patch, Refused } from '../handlers/plan.js';
 import type { Gva } from '../vmi/address.js';
 import { MAX_INSTRUCTION_LENGTH } from '../x86/instruction.js';
-import { type MovedInstruction, surveyFunction } from './survey.js';
+import { type FunctionCode, type MovedInstruction, surveyFunction } from './survey.js';
 
 /** The function to hook. */
-export interface HookTarget {
-  readonly gva: Gva;
-  /** The whole function, from its first byte to its end in `.pdata`. */
-  readonly bytes: Uint8Array;
-  /** Places that are jumped to in ways its own code does not show, such as the case labels of a table. */
+export interface HookTarget extends FunctionCode {
+  /** Places inside it that are known to be jumped to from elsewhere. */
   readonly branchTargets?: Iterable<Gva>;
 }
 
@@ -52,7 +49,7 @@ export const MAX_TRAMPOLINE_SIZE = JUMP_LENGTH - 1 + MAX_INSTRUCTION_LENGTH + JU
 /** Plans the detour of a function through a trampoline at `trampoline`. */
 export function planDetour(target: HookTarget, trampoline: Gva): DetourPlan | Refused<DetourRefusal> {
   if (target.bytes.length < JUMP_LENGTH) return { refused: 'too-short' };
-  const code = surveyFunction(target.gva, target.bytes, JUMP_LENGTH);
+  const code = surveyFunction(target, JUMP_LENGTH);
   if (code === undefined) return { refused: 'undecodable' };
 
   const back = target.gva + BigInt(code.movedLength);

@@ -36,30 +36,48 @@ export interface FunctionSurvey {
   /** The first instructions. */
   readonly moved: readonly MovedInstruction[];
   readonly movedLength: number;
-  /** Where the function's instructions branch to, and the addresses that they take by `lea`. */
+  /** Where the function's instructions and switch tables lead to, and the addresses that it takes by `lea`. */
   readonly targets: readonly Gva[];
 }
 
+/** A function as it lies in its image. */
+export interface FunctionCode {
+  readonly gva: Gva;
+  /** The whole function, from its first byte to its end in `.pdata`. */
+  readonly bytes: Uint8Array;
+  /** What the entries of its switch tables count from. */
+  readonly imageBase: Gva;
+}
+
 /**
- * Decodes a whole function and looks closely at its first instructions: all that begin before `atLeast`.
- * `undefined` when some of the bytes are no instruction.
+ * Decodes a whole function and looks closely at its first instructions: all that begin before `atLeast`. The
+ * compiler puts switch tables behind the code, inside the function's bounds: decoding ends at the first one.
+ * `undefined` when some of the bytes before it are no instruction.
  */
-export function surveyFunction(gva: Gva, bytes: Uint8Array, atLeast: number): FunctionSurvey | undefined {
+export function surveyFunction(code: FunctionCode, atLeast: number): FunctionSurvey | undefined {
+  const { gva, bytes } = code;
   const moved: MovedInstruction[] = [];
   const targets: Gva[] = [];
+  let codeEnd = bytes.length;
   const disassembler = new Disassembler(bytes, gva);
   try {
-    for (let offset = 0; offset < bytes.length; ) {
+    for (let offset = 0; offset < codeEnd; ) {
       const instruction = disassembler.at(offset);
       if (instruction === undefined) return undefined;
       if (offset < atLeast) moved.push(examine(instruction, offset));
       targets.push(...codeAddresses(instruction));
       offset += instruction.length;
+      const table = tableOffset(code, instruction);
+      if (table !== undefined && table >= offset) codeEnd = Math.min(codeEnd, table);
     }
   } finally {
     disassembler.free();
   }
-  return { moved, movedLength: moved.at(-1)?.end ?? 0, targets };
+  return {
+    moved,
+    movedLength: moved.at(-1)?.end ?? 0,
+    targets: [...targets, ...entriesFrom(code, codeEnd)],
+  };
 }
 
 function codeAddresses({ mnemonic, operands }: Instruction): Gva[] {
@@ -70,6 +88,28 @@ function codeAddresses({ mnemonic, operands }: Instruction): Gva[] {
   });
 }
 
+/** The offset of the switch table that an instruction loads from; its first entry leads into the function. */
+function tableOffset(code: FunctionCode, { operands }: Instruction): number | undefined {
+  const source = operands[1];
+  if (source?.kind !== 'memory' || source.scale !== TABLE_ENTRY_SIZE || source.size !== TABLE_ENTRY_SIZE) {
+    return undefined;
+  }
+  const offset = Number(code.imageBase + source.displacement - code.gva);
+  if (offset < 0 || offset + TABLE_ENTRY_SIZE > code.bytes.length) return undefined;
+  const [first] = entriesFrom(code, offset);
+  const leadsInside = first !== undefined && first >= code.gva && first < code.gva + BigInt(offset);
+  return leadsInside ? offset : undefined;
+}
+
+/** What the table entries from `offset` to the end of the function lead to. */
+function* entriesFrom({ bytes, imageBase }: FunctionCode, offset: number): Generator<Gva> {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (let at = offset; at + TABLE_ENTRY_SIZE <= bytes.length; at += TABLE_ENTRY_SIZE) {
+    yield imageBase + BigInt(view.getUint32(at, true));
+  }
+}
+
+const TABLE_ENTRY_SIZE = 4;
 const RSP_BIT = 1 << GPR_NAMES.indexOf('rsp');
 
 function examine(instruction: Instruction, start: number): MovedInstruction {

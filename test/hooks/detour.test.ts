@@ -2,8 +2,9 @@ import { describe, expect, it } from 'vitest';
 import { MAX_TRAMPOLINE_SIZE, planDetour } from '../../src/hooks/detour.js';
 import type { Gva } from '../../src/vmi/address.js';
 
-const FUNCTION = 0xffff_f800_1000_2000n;
-const TRAMPOLINE = 0xffff_f800_1000_8000n;
+const IMAGE = 0xffff_f800_1000_0000n;
+const FUNCTION = IMAGE + 0x2000n;
+const TRAMPOLINE = IMAGE + 0x8000n;
 const GB2 = 2n ** 31n;
 
 /** `mov eax, ecx; add eax, 5; ret`, behind whatever a test moves. */
@@ -14,7 +15,7 @@ function bytes(...code: string[]): Buffer {
 }
 
 function plan(code: string, trampoline: Gva = TRAMPOLINE, branchTargets: Gva[] = []) {
-  return planDetour({ gva: FUNCTION, bytes: bytes(code), branchTargets }, trampoline);
+  return planDetour({ gva: FUNCTION, bytes: bytes(code), imageBase: IMAGE, branchTargets }, trampoline);
 }
 
 function planned(code: string, trampoline?: Gva, branchTargets?: Gva[]) {
@@ -89,6 +90,34 @@ describe('refusal', () => {
     expect(plan(code, TRAMPOLINE, [FUNCTION + 2n]).refused).toBe('branch-target');
     expect(plan(code, TRAMPOLINE, [FUNCTION + 5n]).refused).toBe('branch-target');
     expect(plan(code, TRAMPOLINE, [FUNCTION, FUNCTION + 6n]).refused).toBeUndefined();
+  });
+
+  describe('a switch table behind the code', () => {
+    // push rbx; sub rsp, 32; lea rdx, [rip + ImageBase]; mov ecx, [rdx+rcx*4+0x201a]; add rcx, rdx; jmp rcx; nop
+    const dispatch = '4053 4883ec20 488d15f3dfffff 8b8c8a1a200000 4803ca ffe1 90';
+    const table = (...entries: string[]) => plan(dispatch + entries.join(''));
+
+    it('is not taken for code', () => {
+      expect(table('06200000', '19200000', '0606').refused).toBeUndefined();
+    });
+
+    it('leads to places like any branch does: branch-target', () => {
+      expect(table('06200000', '02200000').refused).toBe('branch-target');
+    });
+
+    it('is none when its first entry leads elsewhere: undecodable', () => {
+      expect(table('06300000', '06060606').refused).toBe('undecodable');
+    });
+
+    it('is none when it is no load of four bytes by an index of four: undecodable', () => {
+      const dense = dispatch.replace('8b8c8a', '8b8c4a');
+      expect(plan(`${dense} 06200000 06060606`).refused).toBe('undecodable');
+    });
+
+    it('does not end the code when it lies before the load', () => {
+      const code = '4053 4883ec20 8b8c8a06200000 eb02 0620 06 c3';
+      expect(plan(code).refused).toBe('undecodable');
+    });
   });
 
   it.each([
