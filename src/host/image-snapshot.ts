@@ -1,0 +1,53 @@
+import type { LoadedGuest } from '../guest/loader.js';
+import type { Machine } from '../machine/machine.js';
+import type { PeImage } from '../nt/pe.js';
+import { hex, PAGE_SIZE } from '../vmi/address.js';
+
+/** Mapped bytes of the kernel image, in whole pages. */
+export interface ImageRegion {
+  /** Of the section; `headers` for what lies before the first. */
+  readonly name: string;
+  readonly rva: number;
+  /** As guest memory has them, base64. */
+  readonly bytes: string;
+}
+
+export interface ImageSnapshot {
+  /** As `0x…`. */
+  readonly base: string;
+  /** Headers and non-writable sections with the slack behind them; pages that are not mapped are left out. */
+  readonly regions: readonly ImageRegion[];
+}
+
+/** The bytes of the kernel image that must not change, as memory holds them: no cloak is applied. */
+export function snapshotImage(
+  machine: Pick<Machine, 'readPhysical'>,
+  guest: Pick<LoadedGuest, 'kernelBase' | 'translate'>,
+  image: Pick<PeImage, 'sizeOfHeaders' | 'sections'>,
+): ImageSnapshot {
+  const fixed = image.sections.filter((section) => !section.writable);
+  const parts = [
+    { name: 'headers', rva: 0, size: image.sizeOfHeaders },
+    ...fixed.map(({ name, rva, virtualSize }) => ({ name, rva, size: virtualSize })),
+  ];
+  const regions = parts.flatMap(({ name, rva, size }) => {
+    const found: { name: string; rva: number; pages: Buffer[] }[] = [];
+    for (let at = rva; at < rva + size; at += PAGE_SIZE) {
+      const gpa = guest.translate(guest.kernelBase + BigInt(at));
+      if (gpa === undefined) continue;
+      const last = found.at(-1);
+      const page = machine.readPhysical(gpa, PAGE_SIZE);
+      if (last && last.rva + last.pages.length * PAGE_SIZE === at) last.pages.push(page);
+      else found.push({ name, rva: at, pages: [page] });
+    }
+    return found;
+  });
+  return {
+    base: hex(guest.kernelBase),
+    regions: regions.map(({ name, rva, pages }) => ({
+      name,
+      rva,
+      bytes: Buffer.concat(pages).toString('base64'),
+    })),
+  };
+}

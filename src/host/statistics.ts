@@ -1,0 +1,103 @@
+// What the statistics channel answers with; docs/host-statistics.md describes it.
+import type { LoadedGuest } from '../guest/loader.js';
+import type { GuestReport, StreamReport } from '../guest/report.js';
+import { hex } from '../vmi/address.js';
+import type { Introspection } from './introspection.js';
+import type { ViolationReport } from './violation-counters.js';
+
+/** A workload stream; see `StreamReport`. */
+export interface StreamStatistics extends Omit<StreamReport, 'running' | 'count'> {
+  readonly running: number;
+  readonly count: number;
+}
+
+/** The guest's own report, as JSON: counts are numbers, addresses `0x…`. */
+export interface GuestStatistics {
+  readonly switches: Readonly<Record<StreamReport['form'], number>>;
+  readonly streams: readonly StreamStatistics[];
+  readonly integritySweeps: number;
+  readonly integrityMismatches: number;
+  readonly firstMismatch?: { readonly gva: string; readonly expected: number; readonly found: number };
+  readonly otherReads: number;
+  readonly userLoops: number;
+  readonly systemCalls: number;
+  readonly ticks: readonly number[];
+  readonly bugCheck?: {
+    readonly vector: number;
+    readonly rip: string;
+    readonly errorCode: string;
+    readonly cr2: string;
+  };
+}
+
+export interface HostStatistics {
+  readonly uptimeMs: number;
+  readonly vcpus: number;
+  readonly seed: number;
+  /** As `0x…`. */
+  readonly kernelBase: string;
+  /** A tool is attached. */
+  readonly attached: boolean;
+  /** Events the tool has not answered, pauses among them. */
+  readonly outstandingEvents: number;
+  /** For each vCPU, whether it stands in a PAUSE event. */
+  readonly paused: readonly boolean[];
+  /** Frames whose permissions the tool has taken away. */
+  readonly restrictedFrames: number;
+  readonly violations: ViolationReport;
+  /** Absent until the guest has booted so far. */
+  readonly guest?: GuestStatistics;
+}
+
+export function hostStatistics(
+  uptimeMs: number,
+  guest: Pick<LoadedGuest, 'vcpuCount' | 'seed' | 'kernelBase'>,
+  introspection: Introspection,
+  violations: ViolationReport,
+  report: GuestReport | undefined,
+): HostStatistics {
+  return {
+    uptimeMs,
+    vcpus: guest.vcpuCount,
+    seed: guest.seed,
+    kernelBase: hex(guest.kernelBase),
+    attached: introspection.attached,
+    outstandingEvents: introspection.outstanding,
+    paused: introspection.paused,
+    restrictedFrames: introspection.restrictedFrames,
+    violations,
+    ...(report && { guest: guestStatistics(report) }),
+  };
+}
+
+function guestStatistics(report: GuestReport): GuestStatistics {
+  const { integrity, bugCheck } = report;
+  const { firstMismatch } = integrity;
+  return {
+    switches: {
+      'one-level': Number(report.switches['one-level']),
+      'two-level': Number(report.switches['two-level']),
+      'look-alike': Number(report.switches['look-alike']),
+    },
+    streams: report.streams.map((stream) => ({
+      ...stream,
+      running: Number(stream.running),
+      count: Number(stream.count),
+    })),
+    integritySweeps: Number(integrity.sweeps),
+    integrityMismatches: Number(integrity.mismatches),
+    ...(firstMismatch && { firstMismatch: { ...firstMismatch, gva: hex(firstMismatch.gva) } }),
+    otherReads: Number(report.otherReads),
+    userLoops: Number(report.userLoops),
+    systemCalls: Number(report.systemCalls),
+    ticks: report.ticks.map(Number),
+    ...(bugCheck && {
+      bugCheck: {
+        vector: bugCheck.vector,
+        rip: hex(bugCheck.rip),
+        errorCode: hex(bugCheck.errorCode),
+        cr2: hex(bugCheck.cr2),
+      },
+    }),
+  };
+}
