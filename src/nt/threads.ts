@@ -9,6 +9,8 @@ const MAX_THREADS_PER_PROCESS = 0x1_0000;
 /** NT's large stacks have 72 KB. */
 const MAX_STACK_BYTES = 0x2_0000n;
 const STACK_ALIGNMENT = 8n;
+/** NT lets a thread nest far fewer expansions and calls back into user mode. */
+const MAX_STACK_SEGMENTS = 256;
 /** CLIENT_ID is UniqueProcess, UniqueThread: part of the public ABI. */
 const CLIENT_ID_SIZE = 16;
 const UNIQUE_THREAD = 8;
@@ -133,4 +135,46 @@ export function savedStackPointer(thread: Thread): Gva {
     );
   }
   return thread.kernelStack;
+}
+
+/**
+ * The earlier stacks of a thread whose kernel stack was expanded: each with where it was left. Parts of the
+ * current stack, as around a call back into user mode, are not repeated.
+ *
+ * @throws MemtablesError `GUEST_STRUCTURE_INVALID`, `GUEST_MEMORY_UNMAPPED` when the chain does not add up
+ */
+export function* earlierStacks(
+  kernel: Kernel,
+  thread: Thread,
+): Generator<{ readonly rsp: Gva; readonly base: Gva }> {
+  const { memory, profile } = kernel;
+  if (!profile.hasField('_KSTACK_CONTROL', 'Previous')) return;
+  const previous = BigInt(profile.offset('_KSTACK_CONTROL', 'Previous'));
+  const segment = new Layout(profile, '_KERNEL_STACK_SEGMENT', {
+    StackBase: 8,
+    StackLimit: 8,
+    KernelStack: 8,
+    InitialStack: 8,
+  });
+  // Every stack begins with a KSTACK_CONTROL, at what is the initial stack pointer.
+  let control = thread.initialStack;
+  for (let depth = 0; depth < MAX_STACK_SEGMENTS; depth++) {
+    kernelPointer(control, `an initial stack of thread ${thread.tid}`);
+    const fields = segment.read(memory, control + previous);
+    const base = fields.u64('StackBase');
+    if (base === 0n) return;
+    if (base !== thread.stackBase) {
+      const earlier = {
+        ...thread,
+        stackBase: base,
+        stackLimit: fields.u64('StackLimit'),
+        kernelStack: fields.u64('KernelStack'),
+      };
+      yield { rsp: savedStackPointer(earlier), base };
+    }
+    control = fields.u64('InitialStack');
+  }
+  throw structureInvalid(`thread ${thread.tid} has more than ${MAX_STACK_SEGMENTS} stacks`, {
+    thread: thread.gva,
+  });
 }

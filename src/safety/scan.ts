@@ -2,7 +2,14 @@ import { MemtablesError } from '../errors.js';
 import { isActive, type Kernel } from '../nt/kernel.js';
 import { describeProcess, processes } from '../nt/processes.js';
 import { findProcessor, type Processor } from '../nt/processors.js';
-import { readThread, savedStackPointer, type Thread, ThreadState, threads } from '../nt/threads.js';
+import {
+  earlierStacks,
+  readThread,
+  savedStackPointer,
+  type Thread,
+  ThreadState,
+  threads,
+} from '../nt/threads.js';
 import { type Gva, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { inUserMode, type Registers } from '../x86/registers.js';
@@ -122,8 +129,12 @@ class Scan {
     };
     const thread = this.threads.get(processor.currentThread)!;
     const stacks = liveStacks(this.kernel, processor, registers, thread, threadAt);
-    if (typeof stacks === 'string') this.unsettled.push(stacks);
-    else for (const stack of stacks) this.scanStack(stack);
+    if (typeof stacks === 'string') {
+      this.unsettled.push(stacks);
+      return;
+    }
+    for (const stack of stacks) this.scanStack(stack);
+    this.scanEarlierStacks(thread);
   }
 
   private scanSwitchedOut(thread: Thread): void {
@@ -135,6 +146,13 @@ class Scan {
     }
     const start = liveAbove(savedStackPointer(thread));
     this.scanStack({ kind: 'thread-stack', start, end: thread.stackBase, thread });
+    this.scanEarlierStacks(thread);
+  }
+
+  private scanEarlierStacks(thread: Thread): void {
+    for (const { rsp, base } of earlierStacks(this.kernel, thread)) {
+      this.scanStack({ kind: 'thread-stack', start: liveAbove(rsp), end: base, thread });
+    }
   }
 
   private scanStack({ kind, start, end, vcpu, thread }: LiveStack): void {

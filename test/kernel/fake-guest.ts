@@ -39,6 +39,8 @@ const OFFSETS: Record<string, Record<string, number>> = {
     WaitReason: 0x283,
     ThreadListEntry: 0x2f8,
   },
+  _KSTACK_CONTROL: { StackBase: 0, ActualLimit: 8, Previous: 0x10 },
+  _KERNEL_STACK_SEGMENT: { StackBase: 0, StackLimit: 8, KernelStack: 0x10, InitialStack: 0x18 },
   _KPCR: { GdtBase: 0, TssBase: 8, Self: 0x18, CurrentPrcb: 0x20, IdtBase: 0x38, Prcb: 0x180 },
   _KPRCB: {
     CurrentThread: 8,
@@ -268,6 +270,22 @@ export class FakeGuest implements Hypervisor {
 
   setIst(vcpu: number, number: number, top: Gva): void {
     this.write64(this.processors[vcpu]!.tss + BigInt(0x24 + (number - 1) * 8), top);
+  }
+
+  /** Gives a thread a further stack, as KeExpandKernelStackAndCallout does, leaving `depth` bytes on the last. */
+  expandStack(thread: FakeThread, depth: bigint): FakeThread {
+    const limit = this.allocate(0x6000);
+    const expanded = { gva: thread.gva, limit, base: limit + 0x6000n };
+    const previous = this.initialStack(expanded) + this.offset('_KSTACK_CONTROL', 'Previous');
+    this.set(previous, '_KERNEL_STACK_SEGMENT', 'StackBase', thread.base);
+    this.set(previous, '_KERNEL_STACK_SEGMENT', 'StackLimit', thread.limit);
+    this.set(previous, '_KERNEL_STACK_SEGMENT', 'KernelStack', thread.base - depth);
+    this.set(previous, '_KERNEL_STACK_SEGMENT', 'InitialStack', this.initialStack(thread));
+    this.set(thread.gva, '_KTHREAD', 'StackBase', expanded.base);
+    this.set(thread.gva, '_KTHREAD', 'StackLimit', expanded.limit);
+    this.set(thread.gva, '_KTHREAD', 'InitialStack', this.initialStack(expanded));
+    this.set(thread.gva, '_KTHREAD', 'KernelStack', expanded.base - 0x400n);
+    return expanded;
   }
 
   initialStack(thread: FakeThread): Gva {

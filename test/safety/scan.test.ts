@@ -231,6 +231,42 @@ describe('a thread that runs', () => {
   });
 });
 
+describe('a thread whose stack was expanded', () => {
+  it.each([false, true])(
+    'blocks for a value on an earlier stack, but not below where that was left; runs: %s',
+    (runs) => {
+      const { guest, inside, scan, process } = setUp();
+      const first = guest.addThread(process);
+      const second = guest.expandStack(first, 0x1000n);
+      const third = guest.expandStack(second, 0x800n);
+      if (runs) guest.run(0, third);
+      guest.write64(first.base - 0x1008n, inside);
+      guest.write64(second.base - 0x808n, inside);
+      expect(scan()).toMatchObject({ verdict: 'safe', unsettled: [] });
+      guest.write64(first.base - 0x1000n, inside);
+      guest.write64(second.base - 0x800n, inside);
+      expect(scan().findings.map(({ where }) => where)).toEqual([second.base - 0x800n, first.base - 0x1000n]);
+    },
+  );
+
+  it('gives no verdict when its stacks lead in a circle', () => {
+    const { guest, scan, process } = setUp();
+    const first = guest.addThread(process);
+    const second = guest.expandStack(first, 0x1000n);
+    const previous = guest.initialStack(second) + guest.offset('_KSTACK_CONTROL', 'Previous');
+    guest.set(previous, '_KERNEL_STACK_SEGMENT', 'InitialStack', guest.initialStack(second));
+    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+  });
+
+  it('gives no verdict when an earlier stack cannot be one', () => {
+    const { guest, scan, process } = setUp();
+    const second = guest.expandStack(guest.addThread(process), 0x1000n);
+    const previous = guest.initialStack(second) + guest.offset('_KSTACK_CONTROL', 'Previous');
+    guest.set(previous, '_KERNEL_STACK_SEGMENT', 'StackLimit', 0x1000n);
+    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+  });
+});
+
 describe('a vCPU in user mode', () => {
   const inUserMode = () => {
     const all = setUp();
@@ -268,7 +304,7 @@ describe('a vCPU in user mode', () => {
     const { guest, inside, scan, thread } = inUserMode();
     guest.set(guest.processors[0]!.kpcr + 0x180n, '_KPRCB', 'RspBase', 0n);
     guest.write64(guest.processors[0]!.tss + 4n, 0n);
-    guest.set(thread.gva, '_KTHREAD', 'InitialStack', 0n);
+    guest.set(thread.gva, '_KTHREAD', 'InitialStack', guest.allocate(0x1000));
     guest.write64(thread.limit, inside);
     expect(scan().verdict).toBe('blocked');
   });
@@ -394,10 +430,11 @@ describe('a vCPU that cannot be judged', () => {
 describe('many findings', () => {
   it('are cut off, but still block', () => {
     const { guest, inside, scan, process } = setUp();
-    const thread = guest.addThread(process, { depth: 0x6000n });
-    for (let at = thread.limit; at < thread.base; at += 8n) guest.write64(at, inside);
-    const second = guest.addThread(process, { depth: 0x6000n });
-    for (let at = second.limit; at < second.base; at += 8n) guest.write64(at, inside);
+    for (let count = 0; count < 2; count++) {
+      const thread = guest.addThread(process, { depth: 0x6000n });
+      const top = guest.initialStack(thread);
+      for (let at = thread.limit; at < top; at += 8n) guest.write64(at, inside);
+    }
     expect(scan().verdict).toBe('blocked');
     expect(scan().findings).toHaveLength(1000);
   });
