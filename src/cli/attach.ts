@@ -85,7 +85,7 @@ export function describe(event: EngineEvent): string {
   }
 }
 
-function counts(byName: Readonly<Record<string, number>>): string {
+export function counts(byName: Readonly<Record<string, number>>): string {
   const parts = Object.entries(byName).map(([name, count]) => `${name} ${count}`);
   return parts.length === 0 ? 'none' : parts.join(', ');
 }

@@ -1,0 +1,55 @@
+import type { SwitchForm } from '../guest/artefacts.js';
+import type { HostStatistics } from '../host/statistics-client.js';
+
+export const FORMS = ['one-level', 'two-level', 'look-alike'] as const satisfies readonly SwitchForm[];
+
+export interface FormCounts {
+  /** Counted by the guest itself. */
+  readonly switches: number;
+  /** Trapped table loads of the workload, counted by the host. */
+  readonly readViolations: number;
+}
+
+/** What happened in one phase of the demo. */
+export interface Phase extends FormCounts {
+  readonly seconds: number;
+  readonly byForm: Readonly<Record<SwitchForm, FormCounts>>;
+  readonly integritySweeps: number;
+}
+
+/** The difference between two looks at the host. */
+export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
+  const counts = (form: SwitchForm): FormCounts => ({
+    switches: switchesOf(to, form) - switchesOf(from, form),
+    readViolations: readViolationsOf(to, form) - readViolationsOf(from, form),
+  });
+  const byForm = {
+    'one-level': counts('one-level'),
+    'two-level': counts('two-level'),
+    'look-alike': counts('look-alike'),
+  };
+  return {
+    seconds: (to.uptimeMs - from.uptimeMs) / 1000,
+    switches: sum(FORMS.map((form) => byForm[form].switches)),
+    readViolations: sum(FORMS.map((form) => byForm[form].readViolations)),
+    byForm,
+    integritySweeps: (to.guest?.integritySweeps ?? 0) - (from.guest?.integritySweeps ?? 0),
+  };
+}
+
+/** Switches a second. */
+export function rate(phase: Phase, form: SwitchForm): number {
+  return phase.byForm[form].switches / phase.seconds;
+}
+
+function switchesOf(statistics: HostStatistics, form: SwitchForm): number {
+  return statistics.guest?.switches[form] ?? 0;
+}
+
+function readViolationsOf(statistics: HostStatistics, form: SwitchForm): number {
+  return sum(statistics.violations.sites.filter((site) => site.form === form).map((site) => site.violations));
+}
+
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, number) => total + number, 0);
+}
