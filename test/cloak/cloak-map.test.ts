@@ -119,6 +119,11 @@ describe('answer', () => {
     expect(map.answer(0x10f9n, memory.read, 8)).toEqual(plain(0x10f9, 8));
   });
 
+  it('is never longer than a hypervisor takes', () => {
+    const { map, memory } = setUp(cloak(0x1100, 7));
+    expect(map.answer(0x1080n, memory.read, 512)).toEqual(plain(0x1080, MAX_ANSWER));
+  });
+
   it('ends with the page: the other piece of a crossing read is an access of its own', () => {
     const { map, memory } = setUp(cloak(0x1ffe, 2), cloak(0x2000, 5));
     expect(map.answer(0x1ffcn, memory.read)).toEqual(plain(0x1ffc, 4));

@@ -115,7 +115,8 @@ describe('refusal', () => {
     });
 
     it('does not end the code when it lies before the load', () => {
-      const code = '4053 4883ec20 8b8c8a06200000 eb02 0620 06 c3';
+      // mov eax, 0x2000; mov ecx, [rdx+rcx*4+0x2001]
+      const code = 'b800200000 8b8c8a01200000 06 c3';
       expect(plan(code).refused).toBe('undecodable');
     });
   });
@@ -125,6 +126,7 @@ describe('refusal', () => {
     ['a loop to the first instruction behind the moved ones', '33c0 ffc0 ffc8 90 75fd c3'],
     ['sti that is followed by a moved instruction', '33c0 fb 33c9 90 c3'],
     ['an access through a register before a push', '8b4110 4053 5b c3'],
+    ['an access through a register by the push itself', 'ff31 8bc1 90 58 c3'],
     ['an access to the stack after a push', '53 48894c2410 5b c3'],
     ['an access to static data after a push', '53 8b0500100000 5b c3'],
     ['an access to the processor block after a sub', '4883ec28 65488b042588010000 4883c428 c3'],
