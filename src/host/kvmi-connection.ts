@@ -21,6 +21,8 @@ export interface KvmiConnectionOptions {
   readonly onActivity: () => void;
   /** Called when a tool has attached, and when it is gone: with the reason, if we dropped it. */
   readonly onState: (attached: boolean, reason?: MemtablesError) => void;
+  /** Told what the machine threw while a message was carried out: the guest cannot go on. */
+  readonly onFailure: (error: unknown) => void;
 }
 
 /** Connects to one tool after the other, until it is closed. */
@@ -38,29 +40,23 @@ export class KvmiConnection {
     this.closed = true;
     clearTimeout(this.retry);
     this.socket?.destroy();
+    // Not with the socket's 'close', which comes later: the machine may be gone by then.
+    if (this.options.introspection.attached) this.options.introspection.detach();
   }
 
   private open(): void {
     const { path, introspection, onActivity, onState } = this.options;
+    const buffer = Buffer.alloc(RECEIVE_BUFFER);
     let peer: Peer | undefined;
     let reason: MemtablesError | undefined;
-    const receive = (bytes: Uint8Array) => {
-      try {
-        peer?.receive(bytes);
-      } catch (error) {
-        if (!(error instanceof MemtablesError) || error.code !== 'PROTOCOL_VIOLATION') throw error;
-        reason = error;
-        socket.destroy();
-      }
-      onActivity();
-    };
-    const buffer = Buffer.alloc(RECEIVE_BUFFER);
     const socket = connect({
       path,
       onread: {
         buffer,
         callback: (length) => {
-          receive(buffer.subarray(0, length));
+          reason ??= this.carryOut(() => peer?.receive(buffer.subarray(0, length)));
+          if (reason) socket.destroy();
+          onActivity();
           return true;
         },
       },
@@ -77,15 +73,25 @@ export class KvmiConnection {
     // What went wrong does not matter: 'close' follows, and the next attempt.
     socket.on('error', () => {});
     socket.on('close', () => {
-      if (introspection.attached) {
-        introspection.detach();
-        onState(false, reason);
-      } else if (reason) {
-        onState(false, reason);
-      }
+      if (this.closed) return;
+      const wasAttached = introspection.attached;
+      if (wasAttached) this.carryOut(() => introspection.detach());
+      if (wasAttached || reason) onState(false, reason);
       onActivity();
-      if (!this.closed) this.retry = setTimeout(() => this.open(), RETRY_MS);
+      this.retry = setTimeout(() => this.open(), RETRY_MS);
     });
+  }
+
+  /** Returns why the tool has to be dropped, if it has to. */
+  private carryOut(work: () => void): MemtablesError | undefined {
+    if (this.closed) return undefined;
+    try {
+      work();
+    } catch (error) {
+      if (error instanceof MemtablesError && error.code === 'PROTOCOL_VIOLATION') return error;
+      this.options.onFailure(error);
+    }
+    return undefined;
   }
 
   private greeting(): Buffer {

@@ -31,6 +31,8 @@ export class FakeMachine implements Machine {
   readonly memoryBytes = MEMORY_PAGES * PAGE_SIZE;
   readonly memory = Buffer.alloc(this.memoryBytes);
   readonly log: string[] = [];
+  /** How often `run` was called. */
+  runs = 0;
   private readonly permissions = new Map<bigint, number>();
   private readonly cpus: Cpu[];
 
@@ -127,6 +129,7 @@ export class FakeMachine implements Machine {
   setTimer(): void {}
 
   run(): { traps: Trap[]; idle: boolean } {
+    this.runs++;
     const traps: Trap[] = [];
     let idle = true;
     this.cpus.forEach((cpu, vcpu) => {

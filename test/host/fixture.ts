@@ -5,6 +5,7 @@ import type { MemtablesError } from '../../src/errors.js';
 import { Introspection, type IntrospectionObserver } from '../../src/host/introspection.js';
 import { KvmiConnection } from '../../src/host/kvmi-connection.js';
 import { EventId } from '../../src/host/kvmi-wire.js';
+import { RunLoop } from '../../src/host/run-loop.js';
 import { FakeMachine } from './fake-machine.js';
 import { Introspector } from './introspector.js';
 
@@ -12,6 +13,8 @@ const IGNORE: IntrospectionObserver = { raised() {}, answered() {}, written() {}
 
 /** A tool that is attached over a real socket to a fake machine, which only runs when `turn` is called. */
 export class Fixture {
+  private loop: RunLoop | undefined;
+
   private constructor(
     private readonly directory: string,
     readonly tool: Introspector,
@@ -20,6 +23,8 @@ export class Fixture {
     private readonly connection: KvmiConnection,
     /** Why we dropped a tool, in order. */
     readonly dropped: MemtablesError[],
+    /** What the machine threw. */
+    readonly failures: unknown[],
   ) {}
 
   static async attached(
@@ -30,6 +35,8 @@ export class Fixture {
     const path = join(directory, 'tool');
     const introspection = new Introspection(machine, observer);
     const dropped: MemtablesError[] = [];
+    const failures: unknown[] = [];
+    let fixture: Fixture | undefined;
     const tool = await Introspector.listen(path);
     const accepted = tool.accept();
     const connection = new KvmiConnection({
@@ -37,13 +44,15 @@ export class Fixture {
       introspection,
       name: 'guest',
       uuid: Buffer.alloc(16, 7),
-      onActivity: () => {},
+      onActivity: () => fixture?.loop?.wake(),
+      onFailure: (error) => failures.push(error),
       onState: (_attached, reason) => {
         if (reason) dropped.push(reason);
       },
     });
     await accepted;
-    return new Fixture(directory, tool, machine, introspection, connection, dropped);
+    fixture = new Fixture(directory, tool, machine, introspection, connection, dropped, failures);
+    return fixture;
   }
 
   /** Takes a page's permissions and asks for its violations, on every vCPU. */
@@ -57,12 +66,18 @@ export class Fixture {
     this.introspection.trapped(this.machine.run().traps);
   }
 
+  /** From now on the vCPUs run by themselves, as in a host. */
+  start(): void {
+    this.loop = new RunLoop(this.machine, this.introspection, (error) => this.failures.push(error));
+  }
+
   /** Waits until what the tool has sent so far has been carried out. */
   async sync(): Promise<void> {
     await this.tool.registers(0);
   }
 
   close(): void {
+    this.loop?.stop();
     this.connection.close();
     this.tool.close();
     rmSync(this.directory, { recursive: true, force: true });
