@@ -38,6 +38,8 @@ export interface MemoryOperand {
   readonly size: number;
   /** Bytes of the address: 4 under a 67h prefix. */
   readonly addressSize: number;
+  /** True with a base of its own: FS or GS. */
+  readonly segmented: boolean;
   readonly reads: boolean;
   readonly writes: boolean;
   /** False for the implicit `[rsi]` and `[rdi]` of string instructions. */
@@ -181,6 +183,7 @@ function operandOf(iced: IcedInstruction, index: number, access: OpAccess): Oper
         displacement: BigInt.asIntN(64, iced.memoryDisplacement),
         size: access === OpAccess.NoMemAccess ? 0 : MemorySizeExt.size(iced.memorySize),
         addressSize: addressSize(iced),
+        segmented: iced.memorySegment === Register.FS || iced.memorySegment === Register.GS,
         reads: reads(access),
         writes: writes(access),
         explicit: true,
@@ -196,6 +199,7 @@ function operandOf(iced: IcedInstruction, index: number, access: OpAccess): Oper
           displacement: 0n,
           size: MemorySizeExt.size(iced.memorySize),
           addressSize: 8,
+          segmented: false,
           reads: reads(access),
           writes: writes(access),
           explicit: false,

@@ -1,0 +1,78 @@
+import { MemtablesError } from '../errors.js';
+import type { FunctionTable, RuntimeFunction } from '../nt/pdata.js';
+import { type ImageBytes, viewOf } from '../nt/pe.js';
+
+/** A range of addresses relative to the image base; `end` is exclusive. */
+export interface CodeRange {
+  readonly begin: number;
+  readonly end: number;
+}
+
+/** The code of one function: all its fragments, or the gap between functions that holds leaf functions. */
+export interface FunctionCode {
+  /** In ascending order, not overlapping. */
+  readonly ranges: readonly CodeRange[];
+  /** Where control may come from outside; nothing is known there. */
+  readonly roots: readonly number[];
+}
+
+const FUNCTION_ALIGNMENT = 16;
+const PADDING = 0xcc;
+/** A __try block more is not compiled C. */
+const MAX_SCOPES = 1024;
+const SCOPE_SIZE = 16;
+
+/**
+ * The function around `rva`: its `.pdata` fragments, or, where no entry covers it, the whole gap around it.
+ * `undefined` outside executable sections.
+ */
+export function functionAt(image: ImageBytes, table: FunctionTable, rva: number): FunctionCode | undefined {
+  const section = image.sectionAt(rva);
+  if (section === undefined || !section.executable) return undefined;
+  const entry = table.entryAt(rva);
+  if (entry !== undefined) {
+    const ranges = table.fragmentsOf(entry);
+    return { ranges, roots: [ranges[0]!.begin, ...exceptionTargets(image, table, ranges)] };
+  }
+  const gap = table.gapAround(rva, section.rva, section.rva + section.virtualSize);
+  return gap.begin === gap.end ? undefined : leafCode(image, gap);
+}
+
+/** Leaf functions have no entry: each place that looks like the start of one is taken as a start. */
+function leafCode(image: ImageBytes, gap: CodeRange): FunctionCode {
+  const bytes = image.read(gap.begin, gap.end - gap.begin);
+  const roots: number[] = [];
+  const first = Math.ceil(gap.begin / FUNCTION_ALIGNMENT) * FUNCTION_ALIGNMENT;
+  for (let rva = first; rva < gap.end; rva += FUNCTION_ALIGNMENT) {
+    const offset = rva - gap.begin;
+    const afterPadding = offset === 0 || bytes[offset - 1] === PADDING;
+    if (afterPadding && bytes[offset] !== PADDING) roots.push(rva);
+  }
+  return { ranges: [gap], roots };
+}
+
+/** Where `__except` blocks begin: the unwinder jumps there with any register values. */
+function exceptionTargets(
+  image: ImageBytes,
+  table: FunctionTable,
+  fragments: readonly RuntimeFunction[],
+): number[] {
+  const inside = (rva: number) => fragments.some(({ begin, end }) => rva >= begin && rva < end);
+  return fragments.flatMap((fragment) => {
+    try {
+      const { handler } = table.unwindInfo(fragment);
+      return handler === undefined ? [] : scopeTargets(image, handler.dataRva).filter(inside);
+    } catch (error) {
+      if (error instanceof MemtablesError) return []; // no unwind data that could be followed at run time
+      throw error;
+    }
+  });
+}
+
+/** The targets of a C scope table, or nothing where the handler's data is not one. */
+function scopeTargets(image: ImageBytes, dataRva: number): number[] {
+  const count = viewOf(image.read(dataRva, 4)).getUint32(0, true);
+  if (count > MAX_SCOPES) return [];
+  const scopes = viewOf(image.read(dataRva + 4, count * SCOPE_SIZE));
+  return Array.from({ length: count }, (_, index) => scopes.getUint32(index * SCOPE_SIZE + 12, true));
+}

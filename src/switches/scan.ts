@@ -1,0 +1,48 @@
+import { FunctionTable } from '../nt/pdata.js';
+import type { PeImage, Section } from '../nt/pe.js';
+import { functionAt } from './functions.js';
+import { SwitchRecogniser, type SwitchSite } from './table.js';
+
+/** `8B /r` with a SIB byte and a 32-bit displacement: every dword load of a table looks like this. */
+const MOV_LOAD = 0x8b;
+const MODRM_MASK = 0b11000111;
+const MODRM_SIB_DISP32 = 0b10000100;
+const SIB_SCALE_MASK = 0b11000000;
+const SIB_SCALE_4 = 0b10000000;
+const LOAD_LENGTH = 7;
+const CHUNK = 1 << 20;
+
+/** Every switch-table load of an image, in ascending order: proven, or refused with a reason. */
+export function scanImage(image: PeImage): SwitchSite[] {
+  const functions = FunctionTable.read(image);
+  const recogniser = new SwitchRecogniser(image, functions);
+  const sites = new Map<number, SwitchSite>();
+  for (const section of image.sections) {
+    if (!section.executable) continue;
+    let analysed = section.rva;
+    for (const rva of likelyLoads(image, section)) {
+      if (rva < analysed && sites.has(rva)) continue;
+      const code = functionAt(image, functions, rva);
+      const range = code?.ranges.find(({ begin, end }) => rva >= begin && rva < end);
+      if (range === undefined || rva < analysed) continue;
+      analysed = range.end;
+      for (const site of recogniser.switchesAround(rva)) sites.set(site.rva, site);
+    }
+  }
+  return [...sites.values()].sort((a, b) => a.rva - b.rva);
+}
+
+/** Where the bytes may be a table load: cheap, and never misses one. */
+function* likelyLoads(image: PeImage, section: Section): Generator<number> {
+  for (let start = 0; start < section.virtualSize; start += CHUNK) {
+    const length = Math.min(CHUNK + LOAD_LENGTH, section.virtualSize - start);
+    const bytes = image.read(section.rva + start, length);
+    for (let at = bytes.indexOf(MOV_LOAD); at !== -1 && at < CHUNK; at = bytes.indexOf(MOV_LOAD, at + 1)) {
+      if (at + LOAD_LENGTH > length) break;
+      const [modrm, sib] = [bytes[at + 1]!, bytes[at + 2]!];
+      if ((modrm & MODRM_MASK) !== MODRM_SIB_DISP32 || (sib & SIB_SCALE_MASK) !== SIB_SCALE_4) continue;
+      const view = new DataView(bytes.buffer, bytes.byteOffset + at + 3, 4);
+      if (view.getUint32(0, true) < image.sizeOfImage) yield section.rva + start + at;
+    }
+  }
+}

@@ -1,0 +1,251 @@
+import type { FunctionTable } from '../nt/pdata.js';
+import type { ImageBytes } from '../nt/pe.js';
+import { gprName, type Instruction, Mnemonic } from '../x86/instruction.js';
+import type { GprName } from '../x86/registers.js';
+import {
+  type Analysis,
+  analyse,
+  type Dispatch,
+  DWORD,
+  MAX_ENTRIES,
+  readEntries,
+  type TableLoad,
+} from './analysis.js';
+import { NEAR_JUMP_LENGTH } from './candidate.js';
+import { functionAt } from './functions.js';
+
+/** Why a load is not a switch's table load with a proven end. */
+export type RefusalReason =
+  | 'not-in-function'
+  | 'function-too-complex'
+  | 'indirect-jump-unresolved'
+  | 'not-a-table-load'
+  | 'not-a-dword-load'
+  | 'address-size-prefix'
+  | 'scale-not-4'
+  | 'stack-pointer-as-destination'
+  | 'shorter-than-a-jump'
+  | 'not-a-switch'
+  | 'base-not-proven'
+  | 'table-outside-image'
+  | 'table-not-in-executable-section'
+  | 'table-in-writable-section'
+  | 'bound-not-proven'
+  | 'table-overlaps-code'
+  | 'table-overlaps-table'
+  | 'entry-outside-image'
+  | 'entry-not-executable'
+  | 'entry-not-an-instruction';
+
+/** One instruction of a switch. */
+export interface SwitchPart {
+  readonly rva: number;
+  readonly length: number;
+  /** Some branch goes to it. */
+  readonly isBranchTarget: boolean;
+}
+
+/** The load of a byte table whose result is the index of the dword load. */
+export interface ByteTable extends SwitchPart {
+  readonly table: number;
+  readonly entries: number;
+  readonly destination: GprName;
+  readonly base: GprName;
+  readonly index: GprName;
+}
+
+/** A table load whose table is known from its first to its last entry. All addresses relative to the image. */
+export interface ProvenSwitch extends SwitchPart {
+  readonly proven: true;
+  readonly form: 'one-level' | 'two-level';
+  readonly table: number;
+  readonly entries: number;
+  /** The table's content, `entries` dwords. */
+  readonly values: readonly number[];
+  readonly destination: GprName;
+  readonly base: GprName;
+  readonly index: GprName;
+  /** The base register holds ImageBase at the load; false never gets here. */
+  readonly baseIsImageBase: true;
+  /** Only of the two-level form. */
+  readonly byteTable: ByteTable | undefined;
+  /** The instruction after the load. */
+  readonly back: number;
+  readonly add: SwitchPart;
+  readonly jmp: SwitchPart & {
+    /** A kernel with retpolines has replaced the jump by one to a thunk. */
+    readonly retpoline: boolean;
+  };
+  /** Load, `add` and `jmp` stand together. */
+  readonly adjacent: boolean;
+}
+
+/** A load that is refused, with what is known of it. */
+export interface RefusedSwitch {
+  readonly proven: false;
+  readonly rva: number;
+  readonly reason: RefusalReason;
+  readonly form: 'one-level' | 'two-level' | undefined;
+  readonly table: number | undefined;
+}
+
+export type SwitchSite = ProvenSwitch | RefusedSwitch;
+
+/** Functions whose analysis is kept: hot loads come in bursts from the same few. */
+const KEPT_ANALYSES = 64;
+
+/** Says which loads of an image are switch-table loads, and where their tables end. */
+export class SwitchRecogniser {
+  private readonly analyses = new Map<number, Analysis>();
+
+  constructor(
+    private readonly image: ImageBytes,
+    private readonly functions: FunctionTable,
+  ) {}
+
+  /**
+   * The switch whose dword load is at `rva`. The number of entries is proven by the guard (or mask, or the
+   * index's type) on every way to the load; for two-level switches by the content of the byte table.
+   * Never throws for what the code looks like: that is a refusal.
+   * @throws MemtablesError what reading the image throws
+   */
+  prove(rva: number): SwitchSite {
+    const analysis = this.analysisAt(rva);
+    return analysis === undefined ? refuse(rva, 'not-in-function') : this.judge(analysis, rva);
+  }
+
+  /** Every load in the function around `rva` that is used as a switch's table load. */
+  switchesAround(rva: number): SwitchSite[] {
+    const analysis = this.analysisAt(rva);
+    if (analysis === undefined) return [];
+    const loads = [...analysis.loads.keys()].filter((load) => analysis.dispatches.has(load));
+    return loads.sort((a, b) => a - b).map((load) => this.judge(analysis, load));
+  }
+
+  private analysisAt(rva: number): Analysis | undefined {
+    const code = functionAt(this.image, this.functions, rva);
+    if (code === undefined) return undefined;
+    const key = code.ranges[0]!.begin;
+    let analysis = this.analyses.get(key);
+    if (analysis === undefined) {
+      analysis = analyse(this.image, code);
+      if (this.analyses.size >= KEPT_ANALYSES) this.analyses.delete(this.analyses.keys().next().value!);
+      this.analyses.set(key, analysis);
+    }
+    return analysis;
+  }
+
+  private judge(analysis: Analysis, rva: number): SwitchSite {
+    if (analysis.outcome === 'too-complex') return refuse(rva, 'function-too-complex');
+    const load = analysis.loads.get(rva);
+    if (load === undefined) return refuse(rva, whyNotALoad(analysis.instructions.get(rva)));
+    const dispatch = analysis.dispatches.get(rva);
+    const byteLoad = load.byteLoad === undefined ? undefined : analysis.byteLoads.get(load.byteLoad);
+    const form = byteLoad === undefined ? 'one-level' : 'two-level';
+    const reason = this.whyRefused(analysis, load, dispatch);
+    if (reason !== undefined) return { proven: false, rva, reason, form, table: load.table };
+
+    const entries = load.maxIndex + 1;
+    const [add, jmp] = [dispatch!.add, dispatch!.jmp!];
+    const part = (instruction: Instruction): SwitchPart => ({
+      rva: Number(instruction.ip),
+      length: instruction.length,
+      isBranchTarget: analysis.branchTargets.has(Number(instruction.ip)),
+    });
+    const back = rva + load.instruction.length;
+    return {
+      proven: true,
+      form,
+      ...part(load.instruction),
+      table: load.table,
+      entries,
+      values: this.values(load.table, entries),
+      destination: destinationOf(load),
+      base: load.base,
+      index: load.index,
+      baseIsImageBase: true,
+      byteTable: byteLoad && {
+        ...part(byteLoad.instruction),
+        table: byteLoad.table,
+        entries: byteLoad.maxIndex + 1,
+        destination: destinationOf(byteLoad),
+        base: byteLoad.base,
+        index: byteLoad.index,
+      },
+      back,
+      add: part(add),
+      jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
+      adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
+    };
+  }
+
+  /** The first thing that keeps a load from being a switch with a proven end. */
+  private whyRefused(
+    analysis: Analysis,
+    load: TableLoad,
+    dispatch: Dispatch | undefined,
+  ): RefusalReason | undefined {
+    if (dispatch?.jmp === undefined) return 'not-a-switch';
+    if (analysis.outcome === 'wild-jump') return 'indirect-jump-unresolved';
+    if (load.instruction.length < NEAR_JUMP_LENGTH) return 'shorter-than-a-jump';
+    if (destinationOf(load) === 'rsp') return 'stack-pointer-as-destination';
+    if (!load.baseIsImageBase || !dispatch.toImageBase) return 'base-not-proven';
+    const section = this.image.sectionAt(load.table);
+    if (section === undefined) return 'table-outside-image';
+    if (!section.executable) return 'table-not-in-executable-section';
+    if (section.writable) return 'table-in-writable-section';
+    if (load.maxIndex >= MAX_ENTRIES) return 'bound-not-proven';
+    const end = load.table + (load.maxIndex + 1) * DWORD;
+    if (end > section.rva + section.virtualSize) return 'table-outside-image';
+    return this.whyOverlapping(analysis, load, end) ?? this.whyEntryWrong(analysis, load);
+  }
+
+  private whyOverlapping(analysis: Analysis, load: TableLoad, end: number): RefusalReason | undefined {
+    for (const [rva, { length }] of analysis.instructions) {
+      if (rva < end && load.table < rva + length) return 'table-overlaps-code';
+    }
+    const others = [...analysis.loads.values()].filter(({ rva }) => analysis.dispatches.has(rva));
+    for (const { table } of [...others, ...analysis.byteLoads.values()]) {
+      if (table > load.table && table < end) return 'table-overlaps-table';
+    }
+    return undefined;
+  }
+
+  private whyEntryWrong(analysis: Analysis, load: TableLoad): RefusalReason | undefined {
+    for (const entry of this.values(load.table, load.maxIndex + 1)) {
+      if (entry === 0) continue; // an unreachable case
+      if (entry >= this.image.sizeOfImage) return 'entry-outside-image';
+      if (!this.image.sectionAt(entry)?.executable) return 'entry-not-executable';
+      if (!analysis.instructions.has(entry)) return 'entry-not-an-instruction';
+    }
+    return undefined;
+  }
+
+  private values(table: number, count: number): number[] {
+    const view = readEntries(this.image, table, count);
+    return Array.from({ length: view.byteLength / DWORD }, (_, index) => view.getUint32(index * DWORD, true));
+  }
+}
+
+function refuse(rva: number, reason: RefusalReason): RefusedSwitch {
+  return { proven: false, rva, reason, form: undefined, table: undefined };
+}
+
+function destinationOf({ instruction }: TableLoad): GprName {
+  const [destination] = instruction.operands;
+  if (destination?.kind !== 'register') throw new RangeError('a table load without a destination register');
+  return gprName(destination.register);
+}
+
+/** Why an instruction that the analysis did not take for a table load is none. */
+function whyNotALoad(instruction: Instruction | undefined): RefusalReason {
+  if (instruction === undefined) return 'not-in-function';
+  const [destination, source] = instruction.operands;
+  if (instruction.mnemonic !== Mnemonic.Mov && instruction.mnemonic !== Mnemonic.Movzx)
+    return 'not-a-table-load';
+  if (destination?.kind !== 'register' || source?.kind !== 'memory') return 'not-a-table-load';
+  if (source.addressSize !== 8) return 'address-size-prefix';
+  if (source.size !== DWORD) return 'not-a-dword-load';
+  if (source.scale !== DWORD) return 'scale-not-4';
+  return 'table-outside-image';
+}
