@@ -61,7 +61,7 @@ export const INIT_ERRORS = [
 export const INIT_ERROR_DRIVER = 2;
 export const INIT_ERROR_VM_NOT_FOUND = 3;
 
-/** `vmi_event_t`, with the memory event's part of its union. */
+/** `vmi_event_t`, with the parts of its union for a memory and for a single-step event. */
 export const EVENT = {
   size: 96,
   version: 0,
@@ -74,10 +74,14 @@ export const EVENT = {
   outAccess: 50,
   gla: 56,
   offset: 64,
+  steppedVcpus: 40,
   /** Registers on the way in; the emulated read data on the way out: one pointer for both. */
   registersOrReadData: 88,
 } as const;
 export const EVENT_TYPE_MEMORY = 1;
+export const EVENT_TYPE_SINGLE_STEP = 3;
+/** libvmi steps no vCPU beyond these. */
+export const MAX_STEPPED_VCPUS = 32;
 /** The frame number of an event that is registered for every frame. */
 export const EVERY_FRAME = 0xffff_ffff_ffff_ffffn;
 

@@ -10,40 +10,47 @@ import type { Heartbeat } from './watchdog.js';
 const CALLBACK = koffi.pointer(koffi.proto('uint32_t', ['void *', 'void *']));
 
 /**
- * The one event that answers every EPT violation, of any frame and any access.
+ * The events that answer whatever a vCPU may raise: one unanswered would freeze it, and then every later resume.
+ * They stay registered until the session ends.
  *
- * One, because two that overlap would both answer; for everything, because a violation without an event leaves
- * its vCPU frozen. It stays registered until the session ends.
+ * One answers every EPT violation, of any frame and any access (two that overlap would both answer). The other
+ * answers single steps; it starts none, and nothing here does.
  */
-export class ViolationEvents {
+export class SessionEvents {
   handler: ViolationHandler | undefined;
-  /** How many violations have been answered so far. */
+  /** How many events have been answered so far. */
   answered = 0;
-  readonly #event = new NativeBlock(abi.EVENT.size);
+  readonly #violation = new NativeBlock(abi.EVENT.size);
+  readonly #singleStep = new NativeBlock(abi.EVENT.size);
   readonly #readData = new NativeBlock(abi.READ_DATA.size);
   readonly #callback: bigint;
   #open: OpenViolation | undefined;
-  #failures: unknown[] = [];
+  /** The first of what the handler threw and nobody has heard of yet. */
+  #failure: { readonly error: unknown } | undefined;
 
-  constructor(heartbeat: Heartbeat) {
-    this.#callback = koffi.register(() => {
+  constructor(vcpuCount: number, heartbeat: Heartbeat) {
+    this.#callback = koffi.register((_instance: bigint, event: bigint) => {
       heartbeat.beat();
-      return this.#answer();
+      this.answered++;
+      return event === this.#violation.address ? this.#answerViolation() : abi.RESPONSE_NONE;
     }, CALLBACK);
-    const { view } = this.#event;
-    this.#event.setU32(abi.EVENT.version, abi.EVENTS_VERSION);
-    view.setUint16(abi.EVENT.type, abi.EVENT_TYPE_MEMORY, true);
-    this.#event.setU64(abi.EVENT.callback, this.#callback);
-    this.#event.setU64(abi.EVENT.gfn, abi.EVERY_FRAME);
-    view.setUint8(abi.EVENT.generic, 1);
-    view.setUint8(abi.EVENT.inAccess, abi.ACCESS_READ | abi.ACCESS_WRITE | abi.ACCESS_EXECUTE);
+    for (const event of [this.#violation, this.#singleStep]) {
+      event.setU32(abi.EVENT.version, abi.EVENTS_VERSION);
+      event.setU64(abi.EVENT.callback, this.#callback);
+    }
+    this.#violation.view.setUint16(abi.EVENT.type, abi.EVENT_TYPE_MEMORY, true);
+    this.#violation.setU64(abi.EVENT.gfn, abi.EVERY_FRAME);
+    this.#violation.bytes[abi.EVENT.generic] = 1;
+    this.#violation.bytes[abi.EVENT.inAccess] = abi.ACCESS_READ | abi.ACCESS_WRITE | abi.ACCESS_EXECUTE;
+    this.#singleStep.view.setUint16(abi.EVENT.type, abi.EVENT_TYPE_SINGLE_STEP, true);
+    this.#singleStep.setU32(abi.EVENT.steppedVcpus, 2 ** Math.min(vcpuCount, abi.MAX_STEPPED_VCPUS) - 1);
     // The library must not free what it did not allocate.
-    this.#readData.view.setUint8(abi.READ_DATA.dontFree, 1);
+    this.#readData.bytes[abi.READ_DATA.dontFree] = 1;
   }
 
-  /** The `vmi_event_t` to register. */
-  get address(): bigint {
-    return this.#event.address;
+  /** Each `vmi_event_t` to register. */
+  get addresses(): readonly bigint[] {
+    return [this.#violation.address, this.#singleStep.address];
   }
 
   get inHandler(): boolean {
@@ -52,28 +59,26 @@ export class ViolationEvents {
 
   /** Throws what the handler threw since the last call. */
   rethrow(): void {
-    if (this.#failures.length === 0) return;
-    const [first] = this.#failures;
-    this.#failures = [];
-    throw first;
+    const failure = this.#failure;
+    this.#failure = undefined;
+    if (failure !== undefined) throw failure.error;
   }
 
-  /** Only once the library no longer knows the event. */
+  /** Only once the library no longer knows the events. */
   dispose(): void {
     koffi.unregister(this.#callback);
   }
 
   /** Runs inside the library: must return an answer whatever happens. */
-  #answer(): number {
-    this.answered++;
+  #answerViolation(): number {
     if (this.handler === undefined) return abi.RESPONSE_NONE;
-    const violation = new OpenViolation(this.#event);
+    const violation = new OpenViolation(this.#violation);
     this.#open = violation;
     try {
       const data = this.handler(violation);
       return data === undefined ? abi.RESPONSE_NONE : this.#substitute(data);
     } catch (error) {
-      this.#failures.push(error);
+      this.#failure ??= { error };
       return abi.RESPONSE_NONE;
     } finally {
       violation.close();
@@ -91,7 +96,7 @@ export class ViolationEvents {
     }
     this.#readData.setU32(abi.READ_DATA.length, data.length);
     this.#readData.bytes.set(data, abi.READ_DATA.bytes);
-    this.#event.setU64(abi.EVENT.registersOrReadData, this.#readData.address);
+    this.#violation.setU64(abi.EVENT.registersOrReadData, this.#readData.address);
     return abi.RESPONSE_SET_READ_DATA;
   }
 }

@@ -4,7 +4,7 @@ import type { Hypervisor, ViolationHandler } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
 import { NativeCalls } from './calls.js';
-import { ViolationEvents } from './events.js';
+import { SessionEvents } from './events.js';
 import { type Argument, loadLibvmi } from './library.js';
 import { NativeBlock } from './native-block.js';
 import { prepareSocketPath, removeSocket } from './socket-path.js';
@@ -115,7 +115,7 @@ export class LibvmiSession implements Hypervisor {
   readonly maxPhysicalAddress: Gpa;
   readonly #calls: NativeCalls;
   readonly #instance: bigint;
-  readonly #events: ViolationEvents;
+  readonly #events: SessionEvents;
   readonly #trapped = new Set<Gfn>();
   readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
   readonly #word = new NativeBlock(BigUint64Array.BYTES_PER_ELEMENT);
@@ -127,8 +127,8 @@ export class LibvmiSession implements Hypervisor {
   constructor(calls: NativeCalls, instance: bigint) {
     this.#calls = calls;
     this.#instance = instance;
-    this.#events = new ViolationEvents(calls.heartbeat);
     this.vcpuCount = calls.call('vmi_get_num_vcpus', instance);
+    this.#events = new SessionEvents(this.vcpuCount, calls.heartbeat);
     this.maxPhysicalAddress = calls.call64('vmi_get_max_physical_address', instance);
   }
 
@@ -142,7 +142,7 @@ export class LibvmiSession implements Hypervisor {
         context: { pageMode: mode },
       });
     }
-    this.#check('vmi_register_event', this.#events.address);
+    for (const address of this.#events.addresses) this.#check('vmi_register_event', address);
   }
 
   readPhysical(gpa: Gpa, length: number): Uint8Array {

@@ -64,7 +64,7 @@ export interface EventAnswer {
 export interface Trap {
   readonly command: number;
   readonly vcpu?: number;
-  readonly then: 'die' | 'ignore' | PageFault;
+  readonly action: 'die' | 'ignore' | PageFault;
 }
 
 interface Vcpu {
@@ -179,19 +179,25 @@ function send(id: number, sequence: number, body: Buffer): void {
 
 function receive(id: number, sequence: number, body: Buffer): void {
   if (ignoring) return;
-  if (id === EVENT_REPLY) return receiveAnswer(body);
+  if (id === EVENT_REPLY) {
+    receiveAnswer(body);
+    return;
+  }
   commands.push(id);
   const trapped = traps.findIndex(
     (trap) => trap.command === id && (trap.vcpu === undefined || trap.vcpu === body.readUInt16LE(0)),
   );
   if (trapped >= 0) {
     const [trap] = traps.splice(trapped, 1);
-    if (trap!.then === 'die') return void socket?.destroy();
-    if (trap!.then === 'ignore') {
+    if (trap!.action === 'die') {
+      socket?.destroy();
+      return;
+    }
+    if (trap!.action === 'ignore') {
       ignoring = true;
       return;
     }
-    raiseFault(trap!.then);
+    raiseFault(trap!.action);
   }
   const result = perform(id, body);
   if (!replying) {
@@ -364,6 +370,7 @@ const operations = {
   disconnected: () => until(() => connections > 0 && socket === undefined),
   running: () => until(() => vcpus.every(({ outstanding }) => outstanding === undefined)),
   die: () => void socket?.destroy(),
+  dieIn: (milliseconds: number) => void setTimeout(() => socket?.destroy(), milliseconds),
   stop: () => {
     stopped = true;
     socket?.destroy();
