@@ -49,7 +49,9 @@ export class Engine {
   constructor(hypervisor: Hypervisor, kernel: Kernel, journal: Journal, options: EngineOptions) {
     this.#hypervisor = hypervisor;
     this.#options = options;
-    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image));
+    this.#slack = new SlackAllocator(
+      findSlack(kernel.base, kernel.image.sections, (gva, length) => kernel.memory.read(gva, length)),
+    );
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
     this.#monitor = new Monitor(

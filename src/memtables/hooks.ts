@@ -51,7 +51,7 @@ export class Hooks {
   /** `undefined` when a thread stands in the bytes that would be replaced. */
   #tryPlace(name: string, target: { gva: Gva; length: number }, slack: SlackBlock): Redirection | undefined {
     const bytes = this.readOriginal(target.gva, target.length);
-    const plan = planDetour({ gva: target.gva, bytes }, slack.gva);
+    const plan = planDetour({ gva: target.gva, bytes, imageBase: this.kernel.base }, slack.gva);
     if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
     const interior = interiorOf(target.gva, plan.entry.bytes.length, name);
     if (scanGuest(this.hypervisor, this.kernel, [interior]).verdict !== 'safe') return undefined;

@@ -1,9 +1,11 @@
 import { MemtablesError } from '../errors.js';
 import { planSeedHandler, seedHandlerSize } from '../handlers/seed.js';
 import type { Kernel } from '../nt/kernel.js';
+import { FunctionTable } from '../nt/pdata.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { holdsStableCode } from '../slack/regions.js';
-import { proveTable, type TableProof } from '../switches/prove.js';
+import { functionAt } from '../switches/functions.js';
+import { type ProvenSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
@@ -11,14 +13,24 @@ import type { Site } from './sites.js';
 
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
+const ENTRY_BYTES = 4;
+/** Operand and address sizes of what the recogniser accepts. */
+const LOAD_BITS = { dstBits: 32, addressBits: 64 } as const;
+
 /** Replaces a hot table load by a jump to a handler that loads immediates. */
 export class Relocator {
+  readonly #functions: FunctionTable;
+  readonly #recogniser: SwitchRecogniser;
+
   constructor(
     private readonly kernel: Kernel,
     private readonly slack: SlackAllocator,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array,
-  ) {}
+  ) {
+    this.#functions = FunctionTable.read(kernel.image);
+    this.#recogniser = new SwitchRecogniser(kernel.image, this.#functions);
+  }
 
   /**
    * Relocates `site`, or marks it as ignored with the reason. For a quiescent guest.
@@ -27,24 +39,72 @@ export class Relocator {
    */
   relocate(site: Site): Outcome {
     const proof = this.#prove(site);
-    if ('refused' in proof) return this.#ignore(site, proof.refused);
+    if (typeof proof === 'string') return ignore(site, proof);
+    const slack = this.#allocate(proof.entries);
+    if (slack === undefined) return ignore(site, 'no-slack');
+    const installed = this.#install(site, proof, slack);
+    if (typeof installed === 'string') return ignore(site, installed);
+    return installed;
+  }
 
-    const slack = this.#allocate(seedHandlerSize(proof.entries.length));
-    if (slack === undefined) return this.#ignore(site, 'no-slack');
-    let installed = false;
+  /** What is proven about the site, or why it stays where it is. */
+  #prove(site: Site): ProvenSwitch | string {
+    const { kernel } = this;
+    if (!kernel.contains(site.rip)) return 'load-outside-kernel';
+    const rva = Number(site.rip - kernel.base);
+    const proof = this.#recogniser.prove(rva);
+    if (!proof.proven) return proof.reason;
+    if (site.table !== kernel.base + BigInt(proof.table)) return 'another-table-was-read';
+    const places = [rva, proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
+    if (!places.every((place) => this.#staysMapped(place))) return 'section-not-resident';
+    return this.#isUnchanged(rva, proof) ? proof : 'code-has-changed';
+  }
+
+  #staysMapped(rva: number): boolean {
+    const section = this.kernel.image.sectionAt(rva);
+    return section !== undefined && holdsStableCode(section);
+  }
+
+  /** Whether all that the proof rests on is in memory now as it was at discovery. */
+  #isUnchanged(rva: number, { table, entries, byteTable }: ProvenSwitch): boolean {
+    const code = functionAt(this.kernel.image, this.#functions, rva)!.ranges;
+    const ranges = [...code, { begin: table, end: table + entries * ENTRY_BYTES }];
+    if (byteTable !== undefined) {
+      ranges.push({ begin: byteTable.table, end: byteTable.table + byteTable.entries });
+    }
+    return ranges.every(({ begin, end }) => {
+      const now = this.readOriginal(this.kernel.base + BigInt(begin), end - begin);
+      return Buffer.compare(now, this.kernel.image.read(begin, end - begin)) === 0;
+    });
+  }
+
+  #allocate(entries: number): SlackBlock | undefined {
     try {
-      const plan = planSeedHandler({ ...proof.load, gva: site.rip }, proof.entries, slack.gva);
-      if (plan.refused !== undefined) return this.#ignore(site, plan.refused);
+      return this.slack.allocate(seedHandlerSize(entries));
+    } catch (error) {
+      if (error instanceof MemtablesError && error.code === 'SLACK_EXHAUSTED') return undefined;
+      throw error;
+    }
+  }
+
+  /** Gives the slack back unless the handler is in it. */
+  #install(site: Site, proof: ProvenSwitch, slack: SlackBlock): Outcome | string {
+    const load = {
+      ...LOAD_BITS,
+      gva: site.rip,
+      length: proof.length,
+      dst: proof.destination,
+      idx: proof.index,
+      base: proof.base,
+    };
+    try {
+      const plan = planSeedHandler(load, Uint32Array.from(proof.values), slack.gva);
+      if (plan.refused !== undefined) return plan.refused;
       const label = `${proof.form} load at ${hex(site.rip)}`;
-      site.redirection = this.redirections.install(
-        'relocation',
-        label,
-        { code: plan.handler, jump: plan.site },
-        slack,
-      );
-      installed = true;
+      const patches = { code: plan.handler, jump: plan.site };
+      site.redirection = this.redirections.install('relocation', label, patches, slack);
     } finally {
-      if (!installed) this.slack.free(slack);
+      if (site.redirection === undefined) this.slack.free(slack);
     }
     site.state = 'relocated';
     return {
@@ -52,10 +112,16 @@ export class Relocator {
       site: site.rip,
       table: site.table,
       form: proof.form,
-      entries: proof.entries.length,
+      entries: proof.entries,
       handler: slack.gva,
       handlerBytes: slack.size,
       hits: site.hits,
     };
   }
+}
+
+function ignore(site: Site, reason: string): Outcome {
+  site.state = 'ignored';
+  site.refusal = reason;
+  return { type: 'refused', site: site.rip, table: site.table, reason };
 }
