@@ -3,7 +3,7 @@ import { MemtablesError } from '../errors.js';
 import { ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE, type Machine, type Trap } from '../machine/machine.js';
 import { type Gfn, type Gva, gfnOf, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import { GPR_NAMES, type Registers } from '../x86/registers.js';
-import { kvmMode, kvmRegsOf, kvmSregsOf } from './kvmi-registers.js';
+import { eventMsrsOf, kvmMode, kvmRegsOf, kvmSregsOf } from './kvmi-registers.js';
 import {
   controlCmdResponse,
   controlEvents,
@@ -395,17 +395,7 @@ export class Introspection {
       mode: kvmMode(registers),
       regs: kvmRegsOf(registers),
       sregs: kvmSregsOf(registers),
-    });
-    eventCommon.fields.msrs.write(common, eventCommon.fields.msrs.offset, {
-      sysenterCs: 0n,
-      sysenterEsp: 0n,
-      sysenterEip: 0n,
-      efer: registers.efer,
-      star: 0n,
-      lstar: registers.lstar,
-      cstar: 0n,
-      pat: 0n,
-      shadowGs: registers.shadowGs,
+      msrs: eventMsrsOf(registers),
     });
     this.transmit(encodeMessage(MessageId.EVENT, seq, common, specific));
   }

@@ -123,9 +123,8 @@ class Peer {
   /** Returns what lies behind the handshake, nothing before it is complete. */
   private shakeHands(received: Buffer): Buffer {
     this.handshake = received;
-    const sizeField = introspectorToQemu.fields.structSize;
-    if (received.length < sizeField.size) return Buffer.alloc(0);
-    const size = sizeField.read(received, sizeField.offset);
+    if (received.length < introspectorToQemu.fields.structSize.size) return Buffer.alloc(0);
+    const size = received.readUInt32LE(introspectorToQemu.fields.structSize.offset);
     if (size < introspectorToQemu.size || size > MAX_HANDSHAKE) {
       throw new MemtablesError('PROTOCOL_VIOLATION', `the handshake announces ${size} bytes`, {
         remedy: 'Check that a KVMI introspection tool listens on this socket.',

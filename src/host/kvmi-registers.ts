@@ -1,6 +1,6 @@
 // A vCPU's registers as KVM's structures hold them.
 import type { Registers } from '../x86/registers.js';
-import type { KvmRegs, KvmSregs } from './kvmi-wire.js';
+import type { EventMsrs, KvmRegs, KvmSregs } from './kvmi-wire.js';
 
 type Segment = KvmSregs['cs'];
 
@@ -46,6 +46,21 @@ export function kvmSregsOf(registers: Registers): KvmSregs {
     cr8: 0n,
     efer: registers.efer,
     apicBase: 0n,
+  };
+}
+
+/** The MSRs every event carries, as far as the machine keeps them with the registers; the others read as zero. */
+export function eventMsrsOf(registers: Registers): EventMsrs {
+  return {
+    sysenterCs: 0n,
+    sysenterEsp: 0n,
+    sysenterEip: 0n,
+    efer: registers.efer,
+    star: 0n,
+    lstar: registers.lstar,
+    cstar: 0n,
+    pat: 0n,
+    shadowGs: registers.shadowGs,
   };
 }
 

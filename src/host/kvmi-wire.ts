@@ -190,7 +190,7 @@ export const pageFaultReply = new Layout(272, {
 
 export type KvmRegs = ValuesOf<typeof kvmRegs>;
 export type KvmSregs = ValuesOf<typeof kvmSregs>;
-export type EventCommon = ValuesOf<typeof eventCommon>;
+export type EventMsrs = ValuesOf<typeof eventMsrs>;
 export type PageFaultReply = ValuesOf<typeof pageFaultReply>;
 
 /** One message: a command, a command's reply, an event or an event's reply. */
