@@ -100,7 +100,8 @@ interface Block {
 }
 
 class Interpreter implements TableReader {
-  private readonly analysis = new Analysis();
+  private analysis = new Analysis();
+  private readonly tableStarts = new Set<number>();
   private readonly blocks = new Map<number, Block>();
   /** Which block an instruction was last reached in. */
   private readonly blockOf = new Map<number, number>();
@@ -124,17 +125,40 @@ class Interpreter implements TableReader {
 
   run(): Analysis {
     try {
-      for (const root of this.code.roots) this.enter(root, State.unknown());
-      this.settle();
-      for (let rva = this.unreached(); rva !== undefined; rva = this.unreached()) {
-        this.enter(rva, State.unknown());
+      do {
+        this.restart();
+        for (const root of this.code.roots) this.enter(root, State.unknown());
         this.settle();
-      }
+        for (let rva = this.unreached(); rva !== undefined; rva = this.unreached()) {
+          this.enter(rva, State.unknown());
+          this.settle();
+        }
+      } while (this.ranIntoTable());
     } catch (error) {
       if (!(error instanceof OutOfSteps)) throw error;
       this.analysis.outcome = 'too-complex';
     }
     return this.analysis;
+  }
+
+  private restart(): void {
+    this.analysis = new Analysis();
+    this.blocks.clear();
+    this.blockOf.clear();
+    this.pending.clear();
+  }
+
+  /**
+   * A table is data: a call that stands before one does not return, and control does not fall into it. That
+   * is known only once the table's load was seen; then everything is looked at again.
+   */
+  private ranIntoTable(): boolean {
+    const { loads, dispatches, instructions } = this.analysis;
+    const known = this.tableStarts.size;
+    for (const { rva, table, baseIsImageBase } of loads.values()) {
+      if (baseIsImageBase && dispatches.get(rva)?.jmp && instructions.has(table)) this.tableStarts.add(table);
+    }
+    return this.tableStarts.size > known;
   }
 
   private settle(): void {
@@ -214,6 +238,7 @@ class Interpreter implements TableReader {
         this.enter(rva, state);
         return;
       }
+      if (rva !== leader && this.tableStarts.has(rva)) return;
       if (this.steps-- <= 0) throw new OutOfSteps();
       const instruction = this.analysis.instructions.get(rva) ?? this.decode(rva);
       if (instruction === undefined) return;

@@ -15,9 +15,12 @@ export type Origin =
   /** ImageBase plus such an entry. */
   | { readonly kind: 'target'; readonly load: number; readonly entries: number };
 
-/** What is known of one unknown 64-bit number: upper bounds (unsigned) of its low 8, 16, 32 and 64 bits. */
+/** What is known of one 64-bit number. */
 interface Quantity {
+  /** Upper bounds (unsigned) of its low 8, 16, 32 and 64 bits. */
   readonly max: readonly number[];
+  /** The value of its low `width` bits, where that is known. */
+  readonly exact: { readonly width: Width; readonly value: number } | undefined;
   readonly origin: Origin | undefined;
 }
 
@@ -33,8 +36,14 @@ export interface View {
 
 /** What the flags were set from. */
 export type Flags =
-  /** `left` was compared with a number of at most `limit` (both of `width` bits, unsigned). */
-  | { readonly kind: 'compare'; readonly left: View; readonly width: Width; readonly limit: number }
+  /** `left` was compared with a number of at most `limit`, or exactly that (both of `width` bits, unsigned). */
+  | {
+      readonly kind: 'compare';
+      readonly left: View;
+      readonly width: Width;
+      readonly limit: number;
+      readonly exact: boolean;
+    }
   /** `left` was tested with a mask; when the result is zero, it is at most `limit`. */
   | { readonly kind: 'test'; readonly left: View; readonly width: Width; readonly limit: number };
 
@@ -102,9 +111,17 @@ export class State {
     const index = WIDTHS.indexOf(width);
     this.quantities.push({
       max: UNKNOWN.map((own, at) => (at >= index || max < 2 ** WIDTHS[at]! ? Math.min(own, max) : own)),
+      exact: undefined,
       origin,
     });
     return { quantity: this.quantities.length - 1, width, signed: false };
+  }
+
+  /** The number `value`, which has to fit into 32 bits, in `width` bits. */
+  constant(value: number, width: Width): View {
+    const view = this.fresh(width, value);
+    this.quantities[view.quantity] = { ...this.quantities[view.quantity]!, exact: { width: 64, value } };
+    return view;
   }
 
   address(rva: number): View {
@@ -121,6 +138,14 @@ export class State {
     for (let at = own - 1; at >= 0; at--) if (bound < 2 ** WIDTHS[at]!) bound = Math.min(bound, max[at]!);
     if (view.signed && width > view.width && bound >= 2 ** (view.width - 1)) bound = widthMax(width);
     return bound > MAX_BOUND ? Number.POSITIVE_INFINITY : Math.min(bound, widthMax(width));
+  }
+
+  /** The value of `view`, where it is known and not negative. */
+  exact(view: View): number | undefined {
+    const { exact } = this.quantities[view.quantity]!;
+    if (exact === undefined || exact.width < view.width) return undefined;
+    const value = view.width === 64 ? exact.value : exact.value % 2 ** view.width;
+    return view.signed && value >= 2 ** (view.width - 1) ? undefined : value;
   }
 
   origin(view: View): Origin | undefined {
@@ -212,7 +237,19 @@ export class State {
     const { flags } = this;
     if (flags === undefined) return;
     const limit = this.limitUnder(flags, relation);
-    if (limit !== undefined) this.limit(flags.left, Math.max(limit, 0));
+    if (limit === undefined) return;
+    this.limit(flags.left, Math.max(limit, 0));
+    if (relation === 'equal' && (flags.kind === 'compare' ? flags.exact : limit === 0)) {
+      this.fix(flags.left, limit);
+    }
+  }
+
+  /** Notes that `view` shows exactly `value`. */
+  private fix(view: View, value: number): void {
+    if (value > widthMax(view.width) || (view.signed && value >= 2 ** (view.width - 1))) return;
+    const quantity = this.quantities[view.quantity]!;
+    if ((quantity.exact?.width ?? 0) >= view.width) return;
+    this.quantities[view.quantity] = { ...quantity, exact: { width: view.width, value } };
   }
 
   /** The bound of `view`, of `width` bits, if `relation` held. */
@@ -282,7 +319,12 @@ export class State {
       a.left.width === b.left.width &&
       a.left.signed === b.left.signed
     ) {
-      merged.flags = { ...a, left: pair(a.left, b.left), limit: Math.max(a.limit, b.limit) };
+      const left = pair(a.left, b.left);
+      const limit = Math.max(a.limit, b.limit);
+      if (a.kind === 'test') merged.flags = { ...a, left, limit };
+      else if (b.kind === 'compare') {
+        merged.flags = { ...a, left, limit, exact: a.exact && b.exact && a.limit === b.limit };
+      }
     }
     return merged.canonical();
   }
@@ -315,7 +357,7 @@ export class State {
   fingerprint(): string {
     return JSON.stringify([
       this.registers.map((view) => [view.quantity, view.width, view.signed]),
-      this.quantities.map(({ max, origin }) => [max.map(String), origin]),
+      this.quantities.map(({ max, exact, origin }) => [max.map(String), exact, origin]),
       [...this.slots],
       this.flags,
     ]);
@@ -329,8 +371,13 @@ export class State {
 function mergeQuantities(a: Quantity, b: Quantity): Quantity {
   return {
     max: a.max.map((max, index) => Math.max(max, b.max[index]!)),
+    exact: sameExact(a, b) ? a.exact : undefined,
     origin: mergeOrigins(a.origin, b.origin),
   };
+}
+
+function sameExact({ exact: a }: Quantity, { exact: b }: Quantity): boolean {
+  return a?.width === b?.width && a?.value === b?.value;
 }
 
 function mergeOrigins(a: Origin | undefined, b: Origin | undefined): Origin | undefined {

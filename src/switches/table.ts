@@ -118,7 +118,7 @@ export class SwitchRecogniser {
   switchesAround(rva: number): SwitchSite[] {
     const analysis = this.analysisAt(rva);
     if (analysis === undefined) return [];
-    const loads = [...analysis.loads.keys()].filter((load) => analysis.dispatches.has(load));
+    const loads = [...analysis.loads.keys()].filter((load) => analysis.dispatches.get(load)?.jmp);
     return loads.sort((a, b) => a - b).map((load) => this.judge(analysis, load));
   }
 

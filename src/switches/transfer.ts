@@ -137,7 +137,7 @@ function compute(state: State, instruction: Instruction, tables: TableReader): b
       return true;
     }
     case Mnemonic.Add:
-      return addTarget(state, instruction, gpr, width, second!, tables);
+      return add(state, instruction, gpr, width, second!, tables);
     default:
       if (third === undefined && isConditionalMove(instruction)) {
         return conditionalMove(state, instruction, gpr, width, second!);
@@ -153,7 +153,8 @@ function compare(state: State, first: Operand, second: Operand): boolean {
   state.flags = undefined;
   if (width && left && right) {
     const limit = state.bound(right, width);
-    if (Number.isFinite(limit)) state.flags = { kind: 'compare', left, width, limit };
+    const exact = state.exact(right) === limit;
+    if (Number.isFinite(limit)) state.flags = { kind: 'compare', left, width, limit, exact };
   }
   return true;
 }
@@ -198,16 +199,21 @@ function tableLoad(
 function loadAddress(state: State, gpr: number, width: Width, source: Operand): boolean {
   if (source.kind !== 'memory' || width < 32) return false;
   const { base, index, displacement, addressSize } = source;
-  if (width !== 64 || addressSize !== 8) {
-    state.write(gpr, width, state.fresh(width));
-  } else if (base === Register.RIP) {
-    state.set(gpr, state.address(Number(displacement)));
-  } else if (index === Register.None && base !== Register.None) {
-    const view = state.get(gprIndex(base));
-    if (displacement === 0n) state.set(gpr, view);
-    else state.clobber(gpr);
-  } else state.clobber(gpr);
+  if (addressSize !== 8) state.write(gpr, width, state.fresh(width));
+  else if (base === Register.RIP && width === 64) state.set(gpr, state.address(Number(displacement)));
+  else if (index === Register.None && gprIndex(base) >= 0) {
+    const view = state.low(state.get(gprIndex(base)), width);
+    state.write(gpr, width, displacement === 0n ? view : plus(state, view, displacement, width));
+  } else state.write(gpr, width, state.fresh(width));
   return true;
+}
+
+/** `view + addend` of `width` bits: known where `view` is. */
+function plus(state: State, view: View, addend: bigint, width: Width): View {
+  const value = state.exact(view);
+  if (value === undefined) return state.fresh(width);
+  const sum = BigInt.asUintN(width, BigInt(value) + addend);
+  return sum <= BigInt(widthMax(32)) ? state.constant(Number(sum), width) : state.fresh(width);
 }
 
 /** SUB and XOR; of the same register twice they are zero. */
@@ -220,13 +226,18 @@ function subtract(
 ): boolean {
   const first = instruction.operands[0]!;
   const same = second.kind === 'register' && first.kind === 'register' && first.register === second.register;
+  const before = state.low(state.get(gpr), width);
   if (instruction.mnemonic === Mnemonic.Sub) compare(state, first, second);
   else state.flags = undefined;
-  state.write(gpr, width, state.fresh(width, same ? 0 : undefined));
+  if (same) state.write(gpr, width, state.constant(0, width));
+  else if (instruction.mnemonic === Mnemonic.Sub && second.kind === 'immediate') {
+    state.write(gpr, width, plus(state, before, -second.value, width));
+  } else state.write(gpr, width, state.fresh(width));
   return true;
 }
 
-function addTarget(
+/** ADD: of an immediate, or of ImageBase to what a table holds. */
+function add(
   state: State,
   instruction: Instruction,
   gpr: number,
@@ -235,6 +246,10 @@ function addTarget(
   tables: TableReader,
 ): boolean {
   state.flags = undefined;
+  if (second.kind === 'immediate') {
+    state.write(gpr, width, plus(state, state.low(state.get(gpr), width), second.value, width));
+    return true;
+  }
   if (width !== 64) return false;
   const source = gprOperand(second);
   const [a, b] = [state.origin(state.get(gpr)), source && state.origin(state.get(source.gpr))];
@@ -329,7 +344,7 @@ function operandValue(state: State, operand: Operand, width: Width): View | unde
   switch (operand.kind) {
     case 'immediate': {
       const value = operand.value & widthMask(width);
-      return state.fresh(width, value <= BigInt(widthMax(32)) ? Number(value) : undefined);
+      return value <= BigInt(widthMax(32)) ? state.constant(Number(value), width) : state.fresh(width);
     }
     case 'register': {
       const register = gprOperand(operand);
