@@ -1,0 +1,80 @@
+# What a kernel image has besides: small exports, among them some on which no hook fits, something in each of the
+# small sections, and the debug record.
+.include "guest.inc"
+.include "switch.inc"
+
+code_section .text$kernel
+
+# A call among the first bytes.
+export KeQueryTickCount
+function KeQueryTickCount
+    call    WlProcessorReport
+    mov     rax, [rax + PROCESSOR_TICKS]
+    ret
+unhookable KeQueryTickCount, call
+
+# The loop jumps back to the second instruction.
+export RtlFillMemoryUlong
+function RtlFillMemoryUlong
+    nop
+.Lfill:
+    mov     [rcx], r8d
+    add     rcx, 4
+    sub     rdx, 4
+    ja      .Lfill
+    ret
+unhookable RtlFillMemoryUlong, branch-target
+
+# Three bytes, and another function behind.
+export KeGetCurrentIrqlTest
+function KeGetCurrentIrqlTest
+    xor     eax, eax
+    ret
+unhookable KeGetCurrentIrqlTest, too-short
+
+# A RIP-relative operand in the first bytes: a hook has to relocate it.
+export MmIsVerifierEnabled
+function MmIsVerifierEnabled
+    mov     eax, [rip + NtBuildNumber]
+    mov     [rcx], eax
+    ret
+
+# The last page of .text holds only this: the rest is slack.
+    code_section .text$tail
+export RtlGetVersion
+function RtlGetVersion
+    mov     eax, [rip + NtBuildNumber]
+    movzx   eax, ax
+    ret
+
+    code_section TRACESUP
+function EtwpTraceStub
+    xor     eax, eax
+    ret
+
+    code_section RETPOL
+function KiRetpolineStub
+    ret
+
+    code_section MINIEX
+function MiniExStub
+    xor     eax, eax
+    ret
+
+# CodeView: where a debugger, and the profile, find the name of this build. The signature (GUID) is filled in by the
+# build: it is a hash of the image.
+    .section .rdata,"dr"
+    .balign 16
+    .globl  WlDebugDirectory, WlCodeView
+WlDebugDirectory:
+    .long   0, 0, 0
+    .long   2                                   # CodeView
+    .long   WlCodeViewEnd - WlCodeView
+    .rva    WlCodeView
+    .long   0                                   # file offset, filled in
+WlCodeView:
+    .ascii  "RSDS"
+    .fill   16, 1, 0
+    .long   1
+    .asciz  "ntkrnlmp.pdb"
+WlCodeViewEnd:

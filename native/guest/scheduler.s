@@ -1,0 +1,272 @@
+# Round robin per processor: the clock ends a quantum, threads wait for ticks, the idle loop halts.
+.include "guest.inc"
+
+# Every so many ticks a processor runs its DPC, on the DPC stack.
+.set TICKS_PER_DPC, 4
+
+code_section .text$kernel
+
+# RCX = entry, RDX = list head.
+function KiInsertTailList
+    mov     rax, [rdx + _LIST_ENTRY.Blink]
+    mov     [rcx + _LIST_ENTRY.Flink], rdx
+    mov     [rcx + _LIST_ENTRY.Blink], rax
+    mov     [rax + _LIST_ENTRY.Flink], rcx
+    mov     [rdx + _LIST_ENTRY.Blink], rcx
+    ret
+
+# RCX = entry.
+function KiRemoveEntryList
+    mov     rax, [rcx + _LIST_ENTRY.Flink]
+    mov     rdx, [rcx + _LIST_ENTRY.Blink]
+    mov     [rax + _LIST_ENTRY.Blink], rdx
+    mov     [rdx + _LIST_ENTRY.Flink], rax
+    ret
+
+# RCX = thread, RDX = KPRCB: to the end of the ready list.
+function KiReadyThread
+    mov     byte ptr [rcx + _KTHREAD.State], STATE_READY
+    add     rcx, _KTHREAD.WaitListEntry
+    add     rdx, _KPRCB.DispatcherReadyListHead
+    jmp     KiInsertTailList
+
+# RCX = KPRCB; RAX = the first ready thread, taken from the list, or 0.
+function KiSelectReadyThread
+    lea     r8, [rcx + _KPRCB.DispatcherReadyListHead]
+    mov     rcx, [r8]
+    cmp     rcx, r8
+    je      .Lnone_ready
+    call    KiRemoveEntryList
+    lea     rax, [rcx - _KTHREAD.WaitListEntry]
+    ret
+.Lnone_ready:
+    xor     eax, eax
+    ret
+
+# RCX = old thread, RDX = new thread; interrupts are off. Returns when the old thread runs again.
+function KiSwapContext
+    sub     rsp, _KEXCEPTION_FRAME.Return
+    mov     [rsp + _KEXCEPTION_FRAME.Rbp], rbp
+    mov     [rsp + _KEXCEPTION_FRAME.Rbx], rbx
+    mov     [rsp + _KEXCEPTION_FRAME.Rdi], rdi
+    mov     [rsp + _KEXCEPTION_FRAME.Rsi], rsi
+    mov     [rsp + _KEXCEPTION_FRAME.R12], r12
+    mov     [rsp + _KEXCEPTION_FRAME.R13], r13
+    mov     [rsp + _KEXCEPTION_FRAME.R14], r14
+    mov     [rsp + _KEXCEPTION_FRAME.R15], r15
+    mov     rbx, gs:[_KPCR.Self]
+    mov     rdi, rcx
+    mov     rsi, rdx
+    call    SwapContext
+    mov     rbp, [rsp + _KEXCEPTION_FRAME.Rbp]
+    mov     rbx, [rsp + _KEXCEPTION_FRAME.Rbx]
+    mov     rdi, [rsp + _KEXCEPTION_FRAME.Rdi]
+    mov     rsi, [rsp + _KEXCEPTION_FRAME.Rsi]
+    mov     r12, [rsp + _KEXCEPTION_FRAME.R12]
+    mov     r13, [rsp + _KEXCEPTION_FRAME.R13]
+    mov     r14, [rsp + _KEXCEPTION_FRAME.R14]
+    mov     r15, [rsp + _KEXCEPTION_FRAME.R15]
+    add     rsp, _KEXCEPTION_FRAME.Return
+    ret
+
+# RBX = KPCR, RDI = old thread, RSI = new thread.
+function SwapContext
+    push    rbp
+    sub     rsp, _KSWITCH_FRAME.Rbp
+    mov     byte ptr [rsi + _KTHREAD.Running], 1
+    mov     byte ptr [rsi + _KTHREAD.State], STATE_RUNNING
+    mov     [rdi + _KTHREAD.KernelStack], rsp
+    mov     [rbx + PRCB + _KPRCB.CurrentThread], rsi
+    mov     rsp, [rsi + _KTHREAD.KernelStack]
+    mov     byte ptr [rdi + _KTHREAD.Running], 0
+    mov     rax, [rsi + _KTHREAD.InitialStack]
+    mov     [rbx + PRCB + _KPRCB.RspBase], rax
+    mov     rcx, [rbx + _KPCR.TssBase]
+    mov     [rcx + _KTSS64.Rsp0], rax
+    mov     rax, [rsi + _KTHREAD.Process]
+    cmp     rax, [rdi + _KTHREAD.Process]
+    je      .Lsame_process
+    mov     rax, [rax + _KPROCESS.DirectoryTableBase]
+    mov     cr3, rax
+.Lsame_process:
+    inc     dword ptr [rsi + _KTHREAD.ContextSwitches]
+    inc     dword ptr [rbx + PRCB + _KPRCB.KeContextSwitches]
+    add     rsp, _KSWITCH_FRAME.Rbp
+    pop     rbp
+    ret
+
+# Where a thread that has never run begins: start routine and argument lie on its stack.
+function KiStartThread
+    mov     byte ptr gs:[_KPCR.Irql], PASSIVE_LEVEL
+    pop     rax
+    pop     rcx
+    sti
+    call    rax
+    ud2
+
+# RCX = KPRCB, RDX = the current thread, which has been put wherever it belongs: runs another one.
+function KiSwapThread
+    push    rbx
+    sub     rsp, 0x20
+    mov     rbx, rdx
+    mov     [rsp], rcx
+    call    KiSelectReadyThread
+    mov     rcx, [rsp]
+    test    rax, rax
+    jnz     .Lnext_thread_known
+    mov     rax, [rcx + _KPRCB.IdleThread]
+.Lnext_thread_known:
+    mov     rcx, rbx
+    mov     rdx, rax
+    call    KiSwapContext
+    add     rsp, 0x20
+    pop     rbx
+    ret
+
+# ECX = ticks: the calling thread waits that long.
+export KeDelayExecutionThread
+function KeDelayExecutionThread
+    push    rbx
+    sub     rsp, 0x20
+    cli
+    mov     byte ptr gs:[_KPCR.Irql], DISPATCH_LEVEL
+    mov     rdx, gs:[_KPCR.CurrentPrcb]
+    mov     rbx, [rdx + _KPRCB.CurrentThread]
+    mov     eax, [rdx + _KPRCB.ClockInterrupts]
+    add     eax, ecx
+    mov     [rbx + _KTHREAD.Timer + _KTIMER.DueTime], rax
+    mov     byte ptr [rbx + _KTHREAD.WaitReason], DELAY_EXECUTION
+    mov     byte ptr [rbx + _KTHREAD.State], STATE_WAITING
+    lea     rcx, [rbx + _KTHREAD.WaitListEntry]
+    add     rdx, _KPRCB.WaitListHead
+    call    KiInsertTailList
+    mov     rcx, gs:[_KPCR.CurrentPrcb]
+    mov     rdx, rbx
+    call    KiSwapThread
+    mov     byte ptr gs:[_KPCR.Irql], PASSIVE_LEVEL
+    sti
+    add     rsp, 0x20
+    pop     rbx
+    ret
+
+# The idle thread of each processor, at DISPATCH_LEVEL: the clock never takes the processor from it.
+function KiIdleLoop
+    cli
+    mov     rcx, gs:[_KPCR.CurrentPrcb]
+    call    KiSelectReadyThread
+    test    rax, rax
+    jz      .Lhalt
+    mov     rdx, rax
+    mov     rcx, gs:[PRCB + _KPRCB.IdleThread]
+    call    KiSwapContext
+    mov     byte ptr gs:[_KPCR.Irql], DISPATCH_LEVEL
+    jmp     KiIdleLoop
+.Lhalt:
+    call    WlProcessorReport
+    inc     qword ptr [rax + PROCESSOR_HALTS]
+    sti
+    hlt
+    jmp     KiIdleLoop
+
+# RAX = the part of the report about this processor; keeps the other registers.
+function WlProcessorReport
+    push    rcx
+    mov     ecx, gs:[PRCB + _KPRCB.Number]
+    imul    ecx, ecx, PROCESSOR_BYTES
+    lea     rax, [rip + WlReport]
+    lea     rax, [rax + rcx + REPORT_PROCESSORS]
+    pop     rcx
+    ret
+
+# The clock's service routine, on the ISR stack: time passes, waits end.
+function KeUpdateRunTime
+    push    rbx
+    push    rsi
+    push    rdi
+    sub     rsp, 0x20
+    mov     rbx, gs:[_KPCR.CurrentPrcb]
+    inc     dword ptr [rbx + _KPRCB.ClockInterrupts]
+    call    WlProcessorReport
+    inc     qword ptr [rax + PROCESSOR_TICKS]
+    mov     byte ptr [rbx + _KPRCB.QuantumEnd], 1
+    lea     rdi, [rbx + _KPRCB.WaitListHead]
+    mov     rsi, [rdi]
+.Lnext_waiter:
+    cmp     rsi, rdi
+    je      .Lno_more_waiters
+    mov     rcx, rsi
+    mov     rsi, [rsi]
+    mov     eax, [rbx + _KPRCB.ClockInterrupts]
+    cmp     eax, [rcx - _KTHREAD.WaitListEntry + _KTHREAD.Timer + _KTIMER.DueTime]
+    js      .Lnext_waiter
+    call    KiRemoveEntryList
+    # To the front of the ready list: it takes the processor from the running thread.
+    lea     rdx, [rbx + _KPRCB.DispatcherReadyListHead]
+    mov     byte ptr [rcx - _KTHREAD.WaitListEntry + _KTHREAD.State], STATE_READY
+    mov     rdx, [rdx]
+    call    KiInsertTailList
+    lea     rax, [rcx - _KTHREAD.WaitListEntry]
+    mov     [rbx + _KPRCB.NextThread], rax
+    jmp     .Lnext_waiter
+.Lno_more_waiters:
+    add     rsp, 0x20
+    pop     rdi
+    pop     rsi
+    pop     rbx
+    ret
+
+# At DISPATCH_LEVEL with interrupts off, on the stack of the interrupted thread: DPCs, then another thread.
+function KiDispatchInterrupt
+    push    rbx
+    sub     rsp, 0x20
+    mov     rbx, gs:[_KPCR.CurrentPrcb]
+    test    dword ptr [rbx + _KPRCB.ClockInterrupts], TICKS_PER_DPC - 1
+    jnz     .Lno_dpc
+    mov     rax, rsp
+    mov     rsp, [rbx + _KPRCB.DpcStack]
+    sub     rsp, 8
+    push    rax
+    sub     rsp, 0x20
+    mov     byte ptr [rbx + _KPRCB.DpcRoutineActive], 1
+    sti
+    call    KiRetireDpcList
+    cli
+    mov     byte ptr [rbx + _KPRCB.DpcRoutineActive], 0
+    add     rsp, 0x20
+    pop     rsp
+.Lno_dpc:
+    mov     rax, [rbx + _KPRCB.CurrentThread]
+    cmp     rax, [rbx + _KPRCB.IdleThread]
+    je      .Lkeep_running                      # the idle loop looks by itself
+    cmp     byte ptr [rbx + _KPRCB.QuantumEnd], 0
+    je      .Lkeep_running
+    mov     byte ptr [rbx + _KPRCB.QuantumEnd], 0
+    lea     rcx, [rbx + _KPRCB.DispatcherReadyListHead]
+    cmp     rcx, [rcx]
+    je      .Lkeep_running
+    mov     ecx, WR_QUANTUM_END
+    mov     edx, WR_DISPATCH_INT
+    cmp     qword ptr [rbx + _KPRCB.NextThread], 0
+    cmovne  ecx, edx
+    mov     qword ptr [rbx + _KPRCB.NextThread], 0
+    mov     [rax + _KTHREAD.WaitReason], cl
+    mov     rcx, rax
+    mov     rdx, rbx
+    mov     [rsp], rax
+    call    KiReadyThread
+    mov     rcx, rbx
+    mov     rdx, [rsp]
+    call    KiSwapThread
+.Lkeep_running:
+    add     rsp, 0x20
+    pop     rbx
+    ret
+
+# On the DPC stack, interruptible.
+function KiRetireDpcList
+    sub     rsp, 0x28
+    call    WlProcessorReport
+    inc     qword ptr [rax + PROCESSOR_DPCS]
+    call    WlDpcRoutine
+    add     rsp, 0x28
+    ret

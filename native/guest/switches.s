@@ -1,0 +1,150 @@
+# The switch statements of the workload, in every form that MSVC gives them. The names are NT's, the functions
+# are not: each is one switch (switch.inc).
+.include "guest.inc"
+.include "switch.inc"
+
+code_section .text$switches
+
+# --- one level --------------------------------------------------------------------------------------------------
+
+switch NtQuerySystemInformation, entries=200, bodies=120, stride=7
+switch NtSetSystemInformation, entries=153, base=r8, bodies=90, stride=11
+switch NtQueryInformationProcess, entries=100, base=r10, idx=rcx, dst=rcx
+switch NtSetInformationProcess, entries=64, idx=rcx, dst=rax, bodies=40, stride=3
+switch NtQueryInformationThread, entries=40, base=r9, dst=r8
+switch NtSetInformationThread, entries=32, base=rcx, dst=rdx
+switch NtQueryInformationFile, entries=25, base=r11, idx=r8
+switch NtSetInformationFile, entries=24, dst=rax
+switch NtQueryInformationToken, entries=22, base=rbx, save1=rbx
+switch NtSetInformationToken, entries=20, idx=r9, dst=r10
+switch NtPowerInformation, entries=16, base=r12, idx=rdi, save1=rdi, save2=r12
+switch NtQueryVirtualMemory, entries=16, base=rsi, idx=r8, dst=r8, save1=rsi
+switch NtQueryKey, entries=12, base=r8, dst=rdx, widen=1
+switch NtQueryValueKey, entries=12, base=r11, lea=far
+switch IoGetDeviceProperty, entries=10, base=r15, idx=rdx, dst=rdx, save1=r15
+switch ObQueryNameInfo, entries=10, base=r13, idx=r11, dst=r11, lea=far, save1=r13
+switch FsRtlProcessFileLock, entries=8, bias=5
+switch ExNotifyCallback, entries=8, guard=and
+switch SeQueryInformationToken, entries=8, base=r8, idx=rcx, dst=rdx, guard=jae
+switch KeSetTimerEx, entries=7, gap=1
+switch CcMdlRead, entries=6, base=rcx, dst=rcx, second=rdx
+switch RtlCompareMemoryUlong, entries=5, base=rbp, idx=r10, dst=r9, save1=rbp
+switch PoSetSystemState, entries=4, base=r14, idx=rsi, dst=r11, save1=rsi, save2=r14
+switch KeSetPriorityThread, entries=3, base=r9, idx=r10, dst=r11
+switch IoAllocateMdl, entries=2
+switch ExFreePoolWithTag, entries=1
+switch MmProbeAndLockPages, entries=16, stride=3, shift=1
+
+# The guard jumps to the load itself.
+next_switch_id
+switch_function NtDeviceIoControlFile
+    image_base rdx
+    index_from_argument rax
+    compare rax, 7
+    jbe     .LNtDeviceIoControlFile_load
+    default_body NtDeviceIoControlFile, switch_id, 8
+    load_dword NtDeviceIoControlFile, rcx, rdx, rax, .LNtDeviceIoControlFile_table
+    dispatch rcx, rdx
+    case_bodies NtDeviceIoControlFile, switch_id, 8
+    dword_table NtDeviceIoControlFile, 8, 8, 5
+site_record NtDeviceIoControlFile, NtDeviceIoControlFile, FORM_ONE_LEVEL, 8, rdx, rax, rcx, GUARD_CMP, relocatable, NtDeviceIoControlFile
+call_record NtDeviceIoControlFile, FORM_ONE_LEVEL, 11
+model_record switch_id, 0, 0, 0, 8, 0, 1, 8, 5
+
+# One table, two loads: which one runs depends on the checksum.
+next_switch_id
+switch_function NtCreateFile
+    index_from_argument rax
+    compare rax, 11
+    ja      .LNtCreateFile_default
+    test    byte ptr [rsp + CHECKSUM_HOME], 1
+    jne     .LNtCreateFile_second
+    image_base rdx
+    load_dword NtCreateFile, rcx, rdx, rax, .LNtCreateFile_table
+    dispatch rcx, rdx
+.LNtCreateFile_second:
+    image_base r8
+    load_dword NtCreateFile_second, r9, r8, rax, .LNtCreateFile_table
+    dispatch r9, r8
+    case_bodies NtCreateFile, switch_id, 12
+    default_body NtCreateFile, switch_id, 12
+    dword_table NtCreateFile, 12, 12, 7
+site_record NtCreateFile, NtCreateFile, FORM_ONE_LEVEL, 12, rdx, rax, rcx, GUARD_CMP, relocatable, NtCreateFile
+site_record NtCreateFile_second, NtCreateFile, FORM_ONE_LEVEL, 12, r8, rax, r9, GUARD_CMP, relocatable, NtCreateFile
+call_record NtCreateFile, FORM_ONE_LEVEL, 16
+model_record switch_id, 0, 0, 0, 12, 0, 1, 12, 7
+
+# Two switches: their tables stand back to back. The lowest bit of the argument chooses.
+next_switch_id
+switch_function NtReadFile
+    shr     ecx, 1
+    jc      .LNtReadFile_odd
+    index_from_argument rax
+    compare rax, 8
+    ja      .LNtReadFile_even_default
+    image_base rdx
+    load_dword NtReadFile_even, rcx, rdx, rax, .LNtReadFile_even_table
+    dispatch rcx, rdx
+    case_bodies NtReadFile_even, switch_id, 9
+    default_body NtReadFile_even, switch_id, 9
+.LNtReadFile_odd:
+    index_from_argument r10
+    compare r10, 6
+    ja      .LNtReadFile_odd_default
+    image_base r9
+    load_dword NtReadFile_odd, r10, r9, r10, .LNtReadFile_odd_table
+    dispatch r10, r9
+    case_bodies NtReadFile_odd, (switch_id+1), 7
+    default_body NtReadFile_odd, (switch_id+1), 7
+    dword_table NtReadFile_even, 9, 9, 2
+    dword_table NtReadFile_odd, 7, 7, 3
+site_record NtReadFile_even, NtReadFile, FORM_ONE_LEVEL, 9, rdx, rax, rcx, GUARD_CMP, relocatable, NtReadFile_even
+site_record NtReadFile_odd, NtReadFile, FORM_ONE_LEVEL, 7, r9, r10, r10, GUARD_CMP, relocatable, NtReadFile_odd
+call_record NtReadFile, FORM_ONE_LEVEL, 24, 2
+model_record switch_id, 0, 0, 0, 9, 0, 1, 9, 2
+model_record (switch_id+1), 0, 0, 0, 7, 0, 1, 7, 3
+next_switch_id
+
+# --- two levels -------------------------------------------------------------------------------------------------
+
+switch NtFsControlFile, entries=6, bytes=84
+switch IoBuildDeviceIoControlRequest, entries=10, bytes=204, run=7, base=r8, byteidx=rcx
+switch KeBugCheckEx, entries=16, bytes=256, run=3, base=r9, idx=rcx, dst=rcx
+switch SeAccessCheck, entries=4, bytes=40, run=3, base=r10, byteidx=rdx, idx=r11, dst=r8
+switch RtlUnicodeToMultiByteN, entries=5, bytes=30, run=2, base=rbx, dst=rax, save1=rbx
+switch FsRtlIsNameInExpression, entries=12, bytes=160, run=16, base=rcx, idx=rdx, dst=rax
+switch KdChangeOption, entries=3, bytes=20, base=r11, lea=far
+switch NtQueryDirectoryFile, entries=8, bytes=100, run=5, bias=3
+switch ObOpenObjectByName, entries=7, bytes=50, base=rdi, idx=r9, dst=r10, save1=rdi
+
+# One pair of tables, two loads of each.
+next_switch_id
+switch_function NtWriteFile
+    index_from_argument rax
+    compare rax, 63
+    ja      .LNtWriteFile_default
+    test    byte ptr [rsp + CHECKSUM_HOME], 1
+    jne     .LNtWriteFile_second
+    image_base rdx
+    load_byte NtWriteFile, rax, rdx, rax, .LNtWriteFile_bytes
+    load_dword NtWriteFile, rcx, rdx, rax, .LNtWriteFile_table
+    dispatch rcx, rdx
+.LNtWriteFile_second:
+    image_base r8
+    load_byte NtWriteFile_second, r9, r8, rax, .LNtWriteFile_bytes
+    load_dword NtWriteFile_second, r11, r8, r9, .LNtWriteFile_table
+    dispatch r11, r8
+    case_bodies NtWriteFile, switch_id, 9
+    default_body NtWriteFile, switch_id, 9
+    dword_table NtWriteFile, 9, 9, 4
+    byte_table NtWriteFile, 64, 4, 9
+site_record NtWriteFile, NtWriteFile, FORM_TWO_LEVEL, 9, rdx, rax, rcx, GUARD_CMP, relocatable, NtWriteFile, 64, rax
+site_record NtWriteFile_second, NtWriteFile, FORM_TWO_LEVEL, 9, r8, r9, r11, GUARD_CMP, relocatable, NtWriteFile, 64, rax
+call_record NtWriteFile, FORM_TWO_LEVEL, 80
+model_record switch_id, 0, 0, 0, 9, 64, 4, 9, 4
+
+# --- outside .text ----------------------------------------------------------------------------------------------
+
+code_section POOLCODE
+
+switch ExAllocatePoolWithTag, entries=8, base=r8, dst=rcx

@@ -1,0 +1,299 @@
+# Who runs on this kernel: the switch workers, the thread of the look-alikes, the integrity checker, a user thread.
+.include "guest.inc"
+
+# Switches between two publications of a stream's checksum.
+.set PUBLISH_INTERVAL, 64
+.set SWITCHES_PER_DPC, 8
+.set TICKS_BETWEEN_LOOK_ALIKES, 8
+.set CALL_BYTES, 16
+.set CALL_RANGE, 8
+.set SEED_STEP, 0x9e3779b1
+
+code_section INIT
+
+# ECX = form, EDX = processor; RAX = the new stream.
+function WlCreateStream
+    lea     r8, [rip + WlReport]
+    mov     eax, [r8 + REPORT_STREAMS_USED]
+    inc     dword ptr [r8 + REPORT_STREAMS_USED]
+    lea     r9d, [rax + 1]
+    imul    r9d, r9d, SEED_STEP
+    imul    eax, eax, STREAM_BYTES
+    lea     rax, [r8 + rax + REPORT_STREAMS]
+    mov     [rax + STREAM_FORM], ecx
+    mov     [rax + STREAM_PROCESSOR], edx
+    mov     r8, [rip + KiBootBlock]
+    xor     r9d, [r8 + BOOT_SEED]
+    mov     r8d, 1
+    cmovz   r9d, r8d                            # zero is the one state a xorshift never leaves
+    mov     [rax + STREAM_SEED], r9d
+    mov     [rax + STREAM_SLOTS + SLOT_GENERATOR], r9d
+    ret
+
+# Creates every thread; they run when the processors start.
+function WlCreateWorkload
+    push    rbx
+    push    rsi
+    push    rdi
+    sub     rsp, 0x20
+    xor     esi, esi
+.Lnext_processor:
+    mov     ecx, FORM_ONE_LEVEL
+    mov     edx, esi
+    call    WlCreateStream
+    lea     rdx, [rip + WlWorkerThread]
+    call    .Lcreate_system_thread
+    mov     ecx, FORM_TWO_LEVEL
+    mov     edx, esi
+    call    WlCreateStream
+    lea     rdx, [rip + WlWorkerThread]
+    call    .Lcreate_system_thread
+    mov     ecx, FORM_ONE_LEVEL
+    mov     edx, esi
+    call    WlCreateStream
+    lea     rcx, [rip + WlDpcStreams]
+    mov     [rcx + rsi * 8], rax
+    inc     esi
+    cmp     esi, [rip + KeNumberProcessors]
+    jb      .Lnext_processor
+
+    # The single threads: the checker first, the others on the last processor.
+    xor     esi, esi
+    xor     eax, eax
+    lea     rdx, [rip + WlIntegrityThread]
+    call    .Lcreate_system_thread
+    mov     esi, [rip + KeNumberProcessors]
+    dec     esi
+    mov     ecx, FORM_LOOK_ALIKE
+    mov     edx, esi
+    call    WlCreateStream
+    lea     rdx, [rip + WlLookAlikeThread]
+    call    .Lcreate_system_thread
+
+    mov     rbx, [rip + KiBootBlock]
+    mov     rdi, [rbx + BOOT_USER_CODE_ALIAS]
+    lea     rsi, [rip + WlUserCode]
+    mov     ecx, OFFSET WlUserCodeEnd - WlUserCode
+    rep movsb
+    mov     rcx, [rip + WlUserProcess]
+    lea     rdx, [rip + WlUserThreadStart]
+    mov     r8, rbx
+    mov     r9d, [rip + KeNumberProcessors]
+    dec     r9d
+    call    PsCreateSystemThread
+    add     rsp, 0x20
+    pop     rdi
+    pop     rsi
+    pop     rbx
+    ret
+.Lcreate_system_thread:
+    mov     r8, rax
+    mov     rcx, [rip + PsInitialSystemProcess]
+    mov     r9d, esi
+    jmp     PsCreateSystemThread
+
+code_section .text$kernel
+
+# RCX = stream: a thread that switches for ever.
+function WlWorkerThread
+    mov     rbx, rcx
+    sub     rsp, 0x28
+.Lwork:
+    mov     rcx, rbx
+    mov     edx, PUBLISH_INTERVAL
+    call    WlRunStream
+    jmp     .Lwork
+
+# RCX = stream: one round of all look-alikes and a few other readers, then a rest.
+function WlLookAlikeThread
+    mov     rbx, rcx
+    sub     rsp, 0x28
+.Llook_alike_round:
+    mov     rcx, rbx
+    lea     rdx, [rip + WlLookAlikeCallsEnd]
+    lea     rax, [rip + WlLookAlikeCalls]
+    sub     rdx, rax
+    shr     edx, 4                              # CALL_BYTES
+    call    WlRunStream
+    call    WlReadLikeAnUnwinder
+    mov     ecx, TICKS_BETWEEN_LOOK_ALIKES
+    call    KeDelayExecutionThread
+    jmp     .Llook_alike_round
+
+# Runs from the clock, on the DPC stack: switches there too.
+function WlDpcRoutine
+    mov     eax, gs:[PRCB + _KPRCB.Number]
+    lea     rcx, [rip + WlDpcStreams]
+    mov     rcx, [rcx + rax * 8]
+    mov     edx, SWITCHES_PER_DPC
+    jmp     WlRunStream
+
+# RCX = stream, EDX = switches: calls that many functions of the stream's form, chosen and fed by its generator
+# (xorshift32), and publishes the checksum. workload-model.ts does the same arithmetic.
+function WlRunStream
+    push    rbx
+    push    rbp
+    push    rsi
+    push    rdi
+    push    r12
+    push    r13
+    push    r14
+    push    r15
+    sub     rsp, 0x28
+    mov     rbx, rcx
+    mov     r15d, edx
+    lea     rsi, [rip + WlOneLevelCalls]
+    lea     rdi, [rip + WlOneLevelCallsEnd]
+    cmp     dword ptr [rbx + STREAM_FORM], FORM_ONE_LEVEL
+    je      .Lcalls_known
+    lea     rsi, [rip + WlTwoLevelCalls]
+    lea     rdi, [rip + WlTwoLevelCallsEnd]
+    cmp     dword ptr [rbx + STREAM_FORM], FORM_TWO_LEVEL
+    je      .Lcalls_known
+    lea     rsi, [rip + WlLookAlikeCalls]
+    lea     rdi, [rip + WlLookAlikeCallsEnd]
+.Lcalls_known:
+    sub     rdi, rsi
+    shr     edi, 4                              # CALL_BYTES
+    mov     eax, [rbx + STREAM_SEQUENCE]
+    and     eax, 1
+    shl     eax, 4                              # SLOT_BYTES
+    lea     rax, [rbx + rax + STREAM_SLOTS]
+    mov     r12d, [rax + SLOT_GENERATOR]
+    mov     r13d, [rax + SLOT_CHECKSUM]
+    xor     r14d, r14d
+.Lnext_switch:
+    mov     eax, r12d
+    shl     eax, 13
+    xor     r12d, eax
+    mov     eax, r12d
+    shr     eax, 17
+    xor     r12d, eax
+    mov     eax, r12d
+    shl     eax, 5
+    xor     r12d, eax
+    # Which function: by the low half of the number, or, for the look-alikes, each in turn.
+    mov     edx, r14d
+    cmp     dword ptr [rbx + STREAM_FORM], FORM_LOOK_ALIKE
+    je      .Lfunction_known
+    movzx   edx, r12w
+    imul    edx, edi
+    shr     edx, 16
+.Lfunction_known:
+    shl     edx, 4                              # CALL_BYTES
+    add     rdx, rsi
+    # Its argument: the high half, scaled to the range.
+    mov     ecx, r12d
+    shr     ecx, 16
+    imul    ecx, [rdx + CALL_RANGE]
+    shr     ecx, 16
+    mov     rax, [rdx]
+    mov     edx, r13d
+    call    rax
+    mov     r13d, eax
+    inc     qword ptr [rbx + STREAM_RUNNING]
+    inc     r14d
+    cmp     r14d, r15d
+    jb      .Lnext_switch
+
+    mov     eax, [rbx + STREAM_SEQUENCE]
+    mov     ecx, eax
+    and     ecx, 1
+    shl     ecx, 4                              # SLOT_BYTES
+    lea     rcx, [rbx + rcx + STREAM_SLOTS]
+    mov     r8, [rcx + SLOT_COUNT]
+    add     r8, r15
+    inc     eax
+    mov     edx, eax
+    and     edx, 1
+    shl     edx, 4
+    lea     rdx, [rbx + rdx + STREAM_SLOTS]
+    mov     [rdx + SLOT_COUNT], r8
+    mov     [rdx + SLOT_CHECKSUM], r13d
+    mov     [rdx + SLOT_GENERATOR], r12d
+    mov     [rbx + STREAM_SEQUENCE], eax
+    add     rsp, 0x28
+    pop     r15
+    pop     r14
+    pop     r13
+    pop     r12
+    pop     rdi
+    pop     rsi
+    pop     rbp
+    pop     rbx
+    ret
+
+# --- user mode --------------------------------------------------------------------------------------------------
+
+# RCX = boot block: leaves for user mode, for good.
+function WlUserThreadStart
+    cli
+    push    KGDT64_R3_DATA | RPL_USER
+    push    qword ptr [rcx + BOOT_USER_STACK]
+    push    0x202                               # IF
+    push    KGDT64_R3_CODE | RPL_USER
+    push    qword ptr [rcx + BOOT_USER_CODE]
+    mov     rax, gs:[PRCB + _KPRCB.CurrentThread]
+    mov     byte ptr [rax + _KTHREAD.PreviousMode], 1
+    xor     eax, eax
+    xor     ecx, ecx
+    xor     edx, edx
+    xor     r8d, r8d
+    xor     r9d, r9d
+    xor     r10d, r10d
+    xor     r11d, r11d
+    swapgs
+    iretq
+
+    .section .rdata,"dr"
+# Position independent, copied to user memory: checks that no interrupt and no system call changes a register.
+.set USER_SERVICE_REPORT, 0
+.set USER_SERVICE_TRANSFORM, 1
+.set USER_PATTERN, 0x5a5a1234
+.set USER_LOOPS_PER_CALL, 1000
+WlUserCode:
+    xor     r12d, r12d                          # loops
+    xor     r13d, r13d                          # errors
+    mov     ebx, USER_PATTERN
+    movd    xmm1, ebx
+    push    rbx
+.Luser_round:
+    mov     ecx, USER_LOOPS_PER_CALL
+    xor     eax, eax
+.Luser_loop:
+    add     rax, rcx
+    inc     r12
+    dec     ecx
+    jnz     .Luser_loop
+    cmp     rax, USER_LOOPS_PER_CALL * (USER_LOOPS_PER_CALL + 1) / 2
+    jne     .Luser_error
+    movd    eax, xmm1
+    cmp     eax, USER_PATTERN
+    jne     .Luser_error
+    cmp     [rsp], rbx
+    jne     .Luser_error
+    mov     r10, r12
+    mov     eax, USER_SERVICE_TRANSFORM
+    syscall
+    lea     rdx, [r12 + r12 * 2 + 1]
+    cmp     rax, rdx
+    jne     .Luser_error
+    cmp     ebx, USER_PATTERN
+    je      .Luser_report
+.Luser_error:
+    inc     r13
+.Luser_report:
+    mov     r10, r12
+    mov     rdx, r13
+    mov     eax, USER_SERVICE_REPORT
+    syscall
+    jmp     .Luser_round
+WlUserCodeEnd:
+
+    .data
+    .balign 64
+    .globl  WlReport
+WlReport:
+    .fill   REPORT_BYTES, 1, 0
+WlDpcStreams:
+    .fill   MAX_PROCESSORS, 8, 0
