@@ -7,6 +7,7 @@ import { openSession } from '../libvmi/session.js';
 import { Engine } from '../memtables/engine.js';
 import { discoverKernel, type Kernel } from '../nt/kernel.js';
 import { loadProfile, type Profile } from '../nt/profile.js';
+import type { Gpa } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import {
@@ -36,11 +37,8 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   });
   try {
     const kernel = await findKernel(session, profile);
-    const journal = Journal.create(options.journal, {
-      guest: options.name,
-      kernelBase: kernel.base,
-      pdb: profile.pdb.name,
-    });
+    const identity = { guest: options.name, kernelBase: kernel.base, pdb: profile.pdb.name };
+    const journal = Journal.create(options.journal, identity, ({ gpa, after }) => holds(session, gpa, after));
     try {
       const engine = new Engine(session, kernel, journal, {
         threshold: options.threshold,
@@ -64,6 +62,11 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   } finally {
     session.close();
   }
+}
+
+function holds(session: Hypervisor, gpa: Gpa, bytes: Uint8Array): boolean {
+  if (gpa + BigInt(bytes.length) > session.maxPhysicalAddress) return false;
+  return Buffer.compare(session.readPhysical(gpa, bytes.length), bytes) === 0;
 }
 
 async function findKernel(session: Hypervisor, profile: Profile): Promise<Kernel> {

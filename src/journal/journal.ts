@@ -1,4 +1,4 @@
-import { closeSync, existsSync, openSync, rmSync, writeSync } from 'node:fs';
+import { closeSync, existsSync, openSync, readFileSync, rmSync, writeSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
 import { type Gpa, hex } from '../vmi/address.js';
 
@@ -9,6 +9,12 @@ export interface JournalledWrite {
   readonly after: Uint8Array;
   /** What the bytes belong to, for a person who reads the journal. */
   readonly owner: string;
+}
+
+/** A change that a journal says was never undone. */
+export interface LeftChange {
+  readonly gpa: Gpa;
+  readonly after: Uint8Array;
 }
 
 /** What ties a journal to one boot of one guest. */
@@ -36,15 +42,30 @@ export class Journal {
   /**
    * Creates the file at `path`.
    *
-   * @throws MemtablesError `JOURNAL_FAILED` when one is already there: an earlier run did not undo its changes.
+   * A journal that is there already was left by a run that did not undo its changes. It is replaced when none of
+   * them is in the guest any more, as after a restart of it.
+   *
+   * @param isInGuest whether these bytes are in the guest now
+   * @throws MemtablesError `JOURNAL_FAILED` when an earlier run's changes are still in the guest
    */
-  static create(path: string, identity: JournalIdentity): Journal {
+  static create(
+    path: string,
+    identity: JournalIdentity,
+    isInGuest: (change: LeftChange) => boolean,
+  ): Journal {
     if (existsSync(path)) {
-      throw new MemtablesError('JOURNAL_FAILED', `a journal of an earlier run is left at ${path}`, {
-        remedy:
-          'That run ended without undoing its changes: restart the guest (or undo them by hand from the journal), then delete the file.',
-        context: { path },
-      });
+      const left = readLeftChanges(path).filter(isInGuest);
+      if (left.length > 0) {
+        throw new MemtablesError(
+          'JOURNAL_FAILED',
+          `an earlier run's changes are still in the guest: ${path}`,
+          {
+            remedy: 'Restart the guest, or put the bytes back that the journal names; then attach again.',
+            context: { path, changes: left.length, first: left[0]!.gpa },
+          },
+        );
+      }
+      guarded(path, () => rmSync(path));
     }
     const journal = guarded(path, () => new Journal(path, openSync(path, 'wx', 0o600)));
     journal.#write({
@@ -95,12 +116,33 @@ export class Journal {
   }
 }
 
+/** The changes of a journal that were not undone; its last line may be cut short. */
+function readLeftChanges(path: string): LeftChange[] {
+  const left = new Map<number, LeftChange>();
+  for (const line of guarded(path, () => readFileSync(path, 'utf8'))
+    .split('\n')
+    .slice(0, -1)) {
+    const entry = guarded(path, () => JSON.parse(line));
+    if (entry.type === 'write') {
+      const change = guarded(path, () => ({
+        gpa: BigInt(entry.gpa),
+        after: Buffer.from(entry.after, 'hex'),
+      }));
+      left.set(entry.id, change);
+    } else if (entry.type === 'undone') {
+      left.delete(entry.id);
+    }
+  }
+  return [...left.values()];
+}
+
 function guarded<T>(path: string, action: () => T): T {
   try {
     return action();
   } catch (cause) {
-    throw new MemtablesError('JOURNAL_FAILED', `the journal at ${path} could not be written`, {
-      remedy: 'Choose a place for the journal that can be written, with free space (--journal PATH).',
+    throw new MemtablesError('JOURNAL_FAILED', `the journal at ${path} could not be read or written`, {
+      remedy:
+        'Choose another place for the journal (--journal PATH), one that can be written and has free space.',
       context: { path },
       cause,
     });

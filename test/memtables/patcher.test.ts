@@ -35,7 +35,7 @@ let directory: string;
 let journal: Journal;
 beforeEach(() => {
   directory = mkdtempSync(join(tmpdir(), 'patcher-'));
-  journal = Journal.create(join(directory, 'journal'), { guest: 'vm', kernelBase: 0n, pdb: 'x' });
+  journal = Journal.create(join(directory, 'journal'), { guest: 'vm', kernelBase: 0n, pdb: 'x' }, () => true);
 });
 afterEach(() => rmSync(directory, { recursive: true }));
 
