@@ -3,8 +3,9 @@ import { randomBytes } from 'node:crypto';
 import { type GuestArtefacts, readGuestArtefacts } from '../guest/artefacts.js';
 import { type LoadedGuest, loadGuest } from '../guest/loader.js';
 import { readGuestReport } from '../guest/report.js';
+import { createMachine } from '../machine/create-machine.js';
 import type { Machine } from '../machine/machine.js';
-import { openMachine } from '../machine/native-machine.js';
+
 import { PeImage } from '../nt/pe.js';
 import { snapshotImage } from './image-snapshot.js';
 import { Introspection } from './introspection.js';
@@ -45,7 +46,7 @@ export interface HostOptions {
  */
 export async function runHost(options: HostOptions): Promise<void> {
   const artefacts = readGuestArtefacts();
-  const machine = openMachine({ vcpus: options.vcpus, memoryBytes: options.memoryMB * BYTES_PER_MB });
+  const machine = createMachine({ vcpus: options.vcpus, memoryBytes: options.memoryMB * BYTES_PER_MB });
   try {
     const guest = loadGuest(machine, { image: artefacts.image, seed: options.seed });
     machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
