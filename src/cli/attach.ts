@@ -29,7 +29,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
-  const stop = stopRequest(options.time);
+  const interrupted = stopRequest();
   log.info(`waiting for the hypervisor on ${options.socket}`);
   const attachment = await Attachment.open({
     name: options.name,
@@ -50,7 +50,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
 
   try {
     for (const name of options.hook ?? []) await attachment.hook(name);
-    await Promise.race([stop, attachment.ended]);
+    await Promise.race([interrupted, timeout(options.time), attachment.ended]);
   } catch (error) {
     // Undo what is there before saying what failed; a worker that has ended has done so itself.
     await attachment.unload().catch(() => {});
@@ -90,8 +90,8 @@ export function counts(byName: Readonly<Record<string, number>>): string {
   return parts.length === 0 ? 'none' : parts.join(', ');
 }
 
-/** Resolves after `time` seconds, or at the first Ctrl-C; a second one ends the process at once. */
-function stopRequest(time: number | undefined): Promise<void> {
+/** Resolves at the first Ctrl-C; a second one ends the process at once. */
+function stopRequest(): Promise<void> {
   return new Promise((resolve) => {
     let asked = false;
     const onSignal = () => {
@@ -106,6 +106,12 @@ function stopRequest(time: number | undefined): Promise<void> {
     };
     process.on('SIGINT', onSignal);
     process.on('SIGTERM', onSignal);
-    if (time !== undefined) setTimeout(resolve, time * 1000).unref();
+  });
+}
+
+/** Resolves after so many seconds; without a number never. */
+function timeout(seconds: number | undefined): Promise<void> {
+  return new Promise((resolve) => {
+    if (seconds !== undefined) setTimeout(resolve, seconds * 1000).unref();
   });
 }

@@ -103,6 +103,9 @@ export class Relocator {
       const label = `${proof.form} load at ${hex(site.rip)}`;
       const patches = { code: plan.handler, jump: plan.site };
       site.redirection = this.redirections.install('relocation', label, patches, slack);
+    } catch (error) {
+      if (error instanceof MemtablesError && error.code === 'SLACK_EXHAUSTED') return 'slack-in-use';
+      throw error;
     } finally {
       if (site.redirection === undefined) this.slack.free(slack);
     }
