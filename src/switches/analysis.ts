@@ -95,12 +95,12 @@ class OutOfSteps extends Error {}
 
 interface Block {
   state: State;
-  fingerprint: string;
   visits: number;
 }
 
 class Interpreter implements TableReader {
   private analysis = new Analysis();
+  private readonly decoded = new Map<number, Instruction>();
   private readonly tableStarts = new Set<number>();
   private readonly blocks = new Map<number, Block>();
   /** Which block an instruction was last reached in. */
@@ -162,7 +162,10 @@ class Interpreter implements TableReader {
   }
 
   private settle(): void {
-    for (const leader of this.pending) {
+    while (this.pending.size > 0) {
+      // In the order of the code, so that most blocks come after all that lead to them.
+      let leader = Number.POSITIVE_INFINITY;
+      for (const rva of this.pending) leader = Math.min(leader, rva);
       this.pending.delete(leader);
       this.runBlock(leader);
     }
@@ -178,7 +181,7 @@ class Interpreter implements TableReader {
           rva = table.end;
           continue;
         }
-        const known = this.analysis.instructions.get(rva) ?? this.decode(rva);
+        const known = this.decode(rva);
         if (known === undefined) rva++;
         else if (this.analysis.instructions.has(rva) || isFiller(known)) rva += known.length;
         else return rva;
@@ -208,20 +211,13 @@ class Interpreter implements TableReader {
     if (!this.contains(rva)) return;
     const block = this.blocks.get(rva);
     const merged = block === undefined ? state.canonical() : block.state.merge(state);
-    const fingerprint = merged.fingerprint();
     if (block === undefined) {
-      this.blocks.set(rva, { state: merged, fingerprint, visits: 0 });
+      this.blocks.set(rva, { state: merged, visits: 0 });
       // The block that ran through here has to stop here now.
       const through = this.blockOf.get(rva);
       if (through !== undefined) this.pending.add(through);
-    } else if (block.fingerprint === fingerprint) return;
-    else if (++block.visits > MAX_VISITS) {
-      block.state = State.unknown().canonical();
-      block.fingerprint = block.state.fingerprint();
-    } else {
-      block.state = merged;
-      block.fingerprint = fingerprint;
-    }
+    } else if (block.state.equals(merged)) return;
+    else block.state = ++block.visits > MAX_VISITS ? State.unknown().canonical() : merged;
     this.pending.add(rva);
   }
 
@@ -240,7 +236,7 @@ class Interpreter implements TableReader {
       }
       if (rva !== leader && this.tableStarts.has(rva)) return;
       if (this.steps-- <= 0) throw new OutOfSteps();
-      const instruction = this.analysis.instructions.get(rva) ?? this.decode(rva);
+      const instruction = this.decode(rva);
       if (instruction === undefined) return;
       this.analysis.instructions.set(rva, instruction);
       this.blockOf.set(rva, leader);
@@ -426,8 +422,12 @@ class Interpreter implements TableReader {
   }
 
   private decode(rva: number): Instruction | undefined {
+    const known = this.decoded.get(rva);
+    if (known !== undefined) return known;
     const piece = this.disassemblers.find(({ range }) => rva >= range.begin && rva < range.end);
-    return piece?.disassembler.at(rva - piece.range.begin);
+    const instruction = piece?.disassembler.at(rva - piece.range.begin);
+    if (instruction !== undefined) this.decoded.set(rva, instruction);
+    return instruction;
   }
 }
 

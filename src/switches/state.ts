@@ -307,8 +307,8 @@ export class State {
     for (const [offset, slot] of this.slots) {
       const twin = other.slots.get(offset);
       if (twin?.width !== slot.width) continue;
-      const sameView = twin.view.width === slot.view.width && twin.view.signed === slot.view.signed;
-      if (sameView) merged.slots.set(offset, { view: pair(slot.view, twin.view), width: slot.width });
+      const alike = twin.view.width === slot.view.width && twin.view.signed === slot.view.signed;
+      if (alike) merged.slots.set(offset, { view: pair(slot.view, twin.view), width: slot.width });
     }
     const [a, b] = [this.flags, other.flags];
     if (
@@ -353,14 +353,19 @@ export class State {
     return result;
   }
 
-  /** Equal for equal canonical states. */
-  fingerprint(): string {
-    return JSON.stringify([
-      this.registers.map((view) => [view.quantity, view.width, view.signed]),
-      this.quantities.map(({ max, exact, origin }) => [max.map(String), exact, origin]),
-      [...this.slots],
-      this.flags,
-    ]);
+  /** Whether two canonical states say the same. */
+  equals(other: State): boolean {
+    return (
+      this.quantities.length === other.quantities.length &&
+      this.slots.size === other.slots.size &&
+      this.registers.every((view, register) => sameView(view, other.registers[register]!)) &&
+      this.quantities.every((quantity, index) => sameQuantity(quantity, other.quantities[index]!)) &&
+      [...this.slots].every(([offset, slot]) => {
+        const twin = other.slots.get(offset);
+        return twin !== undefined && twin.width === slot.width && sameView(slot.view, twin.view);
+      }) &&
+      sameFlags(this.flags, other.flags)
+    );
   }
 
   private add(quantity: Quantity): number {
@@ -368,7 +373,37 @@ export class State {
   }
 }
 
+function sameView(a: View, b: View): boolean {
+  return a.quantity === b.quantity && a.width === b.width && a.signed === b.signed;
+}
+
+function sameQuantity(a: Quantity, b: Quantity): boolean {
+  return (
+    a === b ||
+    (a.max.every((max, index) => max === b.max[index]) && sameExact(a, b) && sameOrigin(a.origin, b.origin))
+  );
+}
+
+function sameOrigin(a: Origin | undefined, b: Origin | undefined): boolean {
+  if (a === b) return true;
+  const merged = mergeOrigins(a, b);
+  if (a === undefined || b === undefined || merged === undefined) return false;
+  return !('entries' in a && 'entries' in b) || a.entries === b.entries;
+}
+
+function sameFlags(a: Flags | undefined, b: Flags | undefined): boolean {
+  if (a === undefined || b === undefined) return a === b;
+  return (
+    a.kind === b.kind &&
+    a.width === b.width &&
+    a.limit === b.limit &&
+    sameView(a.left, b.left) &&
+    (a.kind === 'compare' && b.kind === 'compare' ? a.exact === b.exact : true)
+  );
+}
+
 function mergeQuantities(a: Quantity, b: Quantity): Quantity {
+  if (a === b) return a;
   return {
     max: a.max.map((max, index) => Math.max(max, b.max[index]!)),
     exact: sameExact(a, b) ? a.exact : undefined,
