@@ -2,6 +2,7 @@ import { MemtablesError } from '../errors.js';
 import { MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
 import type { Kernel } from '../nt/kernel.js';
 import { FunctionTable } from '../nt/pdata.js';
+import type { Section } from '../nt/pe.js';
 import { scanGuest } from '../safety/scan.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { holdsStableCode } from '../slack/regions.js';
@@ -18,13 +19,17 @@ const PAUSE_MS = 10;
 
 /** Places transparent detours: the function does what it did, by way of a trampoline in slack. */
 export class Hooks {
+  readonly #functions: FunctionTable;
+
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly kernel: Kernel,
     private readonly slack: SlackAllocator,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array,
-  ) {}
+  ) {
+    this.#functions = FunctionTable.read(kernel.image);
+  }
 
   /**
    * Hooks `nt!Name`.
@@ -75,11 +80,19 @@ export class Hooks {
     if (!holdsStableCode(section)) {
       throw refused(name, 'pageable', `Hook a function outside ${section.name}, which can be paged out.`);
     }
-    const entry = FunctionTable.read(image).entryAt(rva);
-    if (entry === undefined)
-      throw refused(name, 'no-unwind-data', 'Its extent is not known; hook another one.');
-    if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
-    return { gva: this.kernel.base + BigInt(rva), length: entry.end - entry.begin };
+    const end = this.#endOf(name, rva, section);
+    return { gva: this.kernel.base + BigInt(rva), length: end - rva };
+  }
+
+  /** Where the function's code ends; of a leaf function, which has no unwind data, at the next symbol. */
+  #endOf(name: string, rva: number, section: Section): number {
+    const entry = this.#functions.entryAt(rva);
+    if (entry !== undefined) {
+      if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
+      return entry.end;
+    }
+    const gap = this.#functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
+    return Math.min(gap.end, this.kernel.profile.symbolAfter(rva) ?? gap.end);
   }
 }
 

@@ -16,6 +16,8 @@ type JsonObject = Record<string, unknown>;
 
 /** Symbols and structure offsets of one kernel build, in the format of Volatility 3 (ISF). */
 export class Profile {
+  private sortedRvas: number[] | undefined;
+
   constructor(
     /** Where it came from, for messages. */
     readonly source: string,
@@ -44,6 +46,15 @@ export class Profile {
     const rva = member(member(this.symbols, name), 'address');
     if (!isUnsigned(rva, MAX_U32)) throw invalid(this.source, `symbol ${name} has no RVA`);
     return rva;
+  }
+
+  /** The RVA of the next symbol behind `rva`; `undefined` where there is none. */
+  symbolAfter(rva: number): number | undefined {
+    this.sortedRvas ??= Object.values(this.symbols)
+      .map((symbol) => member(symbol, 'address'))
+      .filter((address): address is number => isUnsigned(address, MAX_U32))
+      .sort((a, b) => a - b);
+    return this.sortedRvas.find((address) => address > rva);
   }
 
   hasField(type: string, field: string): boolean {
