@@ -55,7 +55,7 @@ const OFFSETS: Record<string, Record<string, number>> = {
 const SYMBOLS: Record<string, number> = {
   KiSystemCall64: 0x1080,
   NtClose: 0x1100,
-  KiServiceTable: 0x4800,
+  KiServiceTable: 0x1800,
   PsInitialSystemProcess: 0x5000,
   PsActiveProcessHead: 0x5020,
   KiServiceLimit: 0x5030,
@@ -180,6 +180,11 @@ export class FakeGuest implements Hypervisor {
       table = entry & ENTRY_ADDRESS;
     }
     this.writePhysical64(table + ((gva >> 12n) & 0x1ffn) * 8n, frame | PRESENT_WRITABLE);
+  }
+
+  /** Maps a fresh page at `gva`, in user space or elsewhere. */
+  mapFresh(gva: Gva): void {
+    this.map(this.kernelRoot, gva, this.newFrame());
   }
 
   /** Takes the page away, as a page-out does. */

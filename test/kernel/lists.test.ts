@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { discoverKernel } from '../../src/nt/kernel.js';
+import { walkList } from '../../src/nt/list.js';
 import { processes } from '../../src/nt/processes.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { checkedStack, savedStackPointer, threads } from '../../src/nt/threads.js';
@@ -53,6 +54,15 @@ describe('the list of processes', () => {
     const { guest, kernel, entries } = guestWithProcesses();
     guest.write64(entries[1]!, guest.symbol('PsActiveProcessHead'));
     expect(() => [...processes(kernel)]).toThrow(broken);
+  });
+
+  it('is refused when it is absurdly long', () => {
+    const { guest, kernel, entries } = guestWithProcesses();
+    const walk = (max: number) => [
+      ...walkList(kernel.memory, guest.symbol('PsActiveProcessHead'), max, 'processes'),
+    ];
+    expect(walk(3)).toEqual(entries);
+    expect(() => walk(2)).toThrow(broken);
   });
 
   it.each([0n, 0x41414141n, 0x1234_5678_0000_0000n])('is refused when a link is %s', (link) => {
@@ -147,6 +157,7 @@ describe('the processor of a vCPU', () => {
   it('is found in user mode, behind SWAPGS', () => {
     const guest = new FakeGuest();
     guest.enterUserMode(0);
+    guest.write64(guest.symbol('KiProcessorBlock'), 0n);
     expect(find(guest)!.kpcr).toBe(guest.processors[0]!.kpcr);
   });
 
@@ -155,6 +166,20 @@ describe('the processor of a vCPU', () => {
     guest.enterUserMode(1);
     guest.vcpus[1]!.shadowGs = 0n;
     expect(find(guest, 1)!.kpcr).toBe(guest.processors[1]!.kpcr);
+  });
+
+  it.each([
+    ['leads to a structure of another kind', 0xffff_ae55_0000_0000n, 0x18n],
+    ['leads into the middle of something', 0xffff_ae55_0000_0000n, 0x20n],
+    ['is forged by a user program', 0x7fff_0000_0000n, undefined],
+  ])('is found by its task register when GS %s', (_, gva, spoiled) => {
+    const guest = new FakeGuest();
+    guest.mapFresh(gva);
+    guest.set(gva, '_KPCR', 'Self', gva);
+    guest.set(gva, '_KPCR', 'CurrentPrcb', gva + 0x180n);
+    if (spoiled !== undefined) guest.write64(gva + spoiled, 0n);
+    guest.vcpus[0]!.gsBase = gva;
+    expect(find(guest)!.kpcr).toBe(guest.processors[0]!.kpcr);
   });
 
   it('is not found on a vCPU that is still being brought up', () => {

@@ -11,7 +11,7 @@ const coded = (code: string) => expect.objectContaining({ name: 'MemtablesError'
 describe('a profile', () => {
   it('gives RVAs and offsets', () => {
     const profile = parseProfile(profileText(), 'test');
-    expect(profile.symbol('KiServiceTable')).toBe(0x4800);
+    expect(profile.symbol('KiServiceTable')).toBe(0x1800);
     expect(profile.offset('_KTHREAD', 'KernelStack')).toBe(0x58);
     expect(profile.pdb).toEqual({
       name: 'ntkrnlmp.pdb',

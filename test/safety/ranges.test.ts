@@ -25,6 +25,12 @@ describe('a set of ranges', () => {
     expect(set.find(BASE + 0x10n)).toBeUndefined();
   });
 
+  it('looks past a range that ends where the address is, to the one around it', () => {
+    const outer = { start: BASE, end: BASE + 0x100n, owner: 'outer' };
+    const inner = { start: BASE + 0x10n, end: BASE + 0x20n, owner: 'inner' };
+    expect(new RangeSet([outer, inner]).find(BASE + 0x20n)).toBe(outer);
+  });
+
   it('finds what a search through all of them finds, overlapping ones and those across 4 GB too', () => {
     fc.assert(
       fc.property(ranges, fc.bigInt(-8n, 0x500n), (list, offset) => {

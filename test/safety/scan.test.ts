@@ -249,6 +249,18 @@ describe('a thread whose stack was expanded', () => {
     },
   );
 
+  it('reports a value above a call back into user mode once: it lies on the same stack', () => {
+    const { guest, inside, scan, process } = setUp();
+    const thread = guest.addThread(process, { depth: 0x1800n });
+    const control = thread.base - 0x1000n;
+    const previous = control + guest.offset('_KSTACK_CONTROL', 'Previous');
+    guest.set(previous, '_KERNEL_STACK_SEGMENT', 'StackBase', thread.base);
+    guest.set(previous, '_KERNEL_STACK_SEGMENT', 'InitialStack', guest.initialStack(thread));
+    guest.set(thread.gva, '_KTHREAD', 'InitialStack', control);
+    guest.write64(thread.base - 0x800n, inside);
+    expect(scan().findings).toHaveLength(1);
+  });
+
   it('gives no verdict when its stacks lead in a circle', () => {
     const { guest, scan, process } = setUp();
     const first = guest.addThread(process);
@@ -295,6 +307,7 @@ describe('a vCPU in user mode', () => {
   it('is scanned under KVA shadow, where interrupts enter on a stack of their own', () => {
     const { guest, inside, scan, thread } = inUserMode();
     guest.write64(guest.processors[0]!.tss + 4n, guest.allocate(0x1000) + 0x1000n);
+    guest.write64(guest.initialStack(thread) - 8n, inside);
     expect(scan().verdict).toBe('safe');
     guest.write64(thread.base - 0x10n, inside);
     expect(scan().verdict).toBe('blocked');
@@ -355,6 +368,14 @@ describe('a vCPU on a stack of its processor', () => {
     const { guest, inside, scan } = interrupted(() => 0n);
     guest.write64(guest.processors[0]!.dpcStack - 0x1000n, inside);
     expect(scan().findings).toMatchObject([{ kind: 'dpc-stack', vcpu: 0 }]);
+  });
+
+  it('is not taken for one that switches, when a terminated thread once had its stack there', () => {
+    const { guest, scan, process, top } = interrupted((each) => each.processors[0]!.dpcStack);
+    const thread = guest.addThread(process, { state: State.Terminated });
+    guest.set(thread.gva, '_KTHREAD', 'StackBase', top);
+    guest.set(thread.gva, '_KTHREAD', 'StackLimit', top - 0x6000n);
+    expect(scan().verdict).toBe('safe');
   });
 
   it('leaves the dead values on it alone once its thread is back on its own', () => {
