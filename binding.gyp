@@ -8,12 +8,25 @@
     {
       # The embedded hypervisor: a Node-API addon over Unicorn (GPL-2.0), loaded by the host process only.
       "target_name": "machine",
-      "sources": ["native/machine/addon.cc"],
+      "sources": [
+        "native/machine/addon.cc",
+        "native/machine/board.cc",
+        "native/machine/completion.cc",
+        "native/machine/guest_access.cc",
+        "native/machine/hidden_state.cc",
+        "native/machine/interrupts.cc",
+        "native/machine/machine.cc",
+        "native/machine/memory.cc",
+        "native/machine/page_walk.cc",
+        "native/machine/registers.cc",
+        "native/machine/single_step.cc",
+        "native/machine/vcpu.cc"
+      ],
       "include_dirs": [
         "<!(node -p \"require('node-addon-api').include_dir\")",
         ".deps/unicorn/unicorn/include"
       ],
-      "defines": ["NAPI_VERSION=8"],
+      "defines": ["NAPI_VERSION=8", "NAPI_CPP_EXCEPTIONS"],
       "libraries": [
         "<(module_root_dir)/.deps/unicorn/unicorn/lib/libunicorn.so.2",
         "-Wl,-rpath,'$$ORIGIN/../../.deps/unicorn/unicorn/lib'"

@@ -41,7 +41,10 @@ export interface Machine {
 
   /** At any time the vCPU is not inside `run`; exact, also at a trap. */
   registers(vcpu: number): Registers;
-  /** While a trap is open, takes effect when it is completed, after the instruction. */
+  /**
+   * While a trap is open, takes effect when it is completed, after the instruction. Another RIP wakes a halted
+   * vCPU. The privilege level (CS) cannot be changed.
+   */
   setRegisters(vcpu: number, registers: Partial<Registers>): void;
   readMsr(vcpu: number, index: number): bigint;
 

@@ -1,0 +1,92 @@
+#include "completion.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "error.h"
+#include "single_step.h"
+
+namespace memtables {
+namespace {
+
+/** Hands out the vCPU's shadow frames, and takes away all traces of them at the end. */
+class Shadows {
+ public:
+  explicit Shadows(Vcpu& vcpu) : vcpu_(vcpu) {}
+  ~Shadows() {
+    for (unsigned index = 0; index < used_; index++) vcpu_.forgetCode(vcpu_.shadowFrame(index));
+    vcpu_.grants.clear();
+    vcpu_.forgetTranslations();
+  }
+
+  /** Makes `access` to the page see a copy of the frame, and returns the copy. */
+  uint8_t* cover(uint64_t page, Access access, const uint8_t* original) {
+    if (used_ == Vcpu::kShadowFrames) throw MachineError("an instruction touches too many pages");
+    const unsigned index = used_++;
+    uint8_t* bytes = vcpu_.shadowBytes(index);
+    if (original != nullptr) {
+      memcpy(bytes, original, kPageSize);
+    } else {
+      memset(bytes, 0, kPageSize);
+    }
+    vcpu_.grants.push_back({page, access, vcpu_.shadowFrame(index)});
+    return bytes;
+  }
+
+ private:
+  Vcpu& vcpu_;
+  unsigned used_ = 0;
+};
+
+/** Lets the pieces through; those of one page and access share a shadow. */
+void grantAnswers(Vcpu& vcpu, Shadows& shadows, const std::vector<Answer>& answers) {
+  struct Covered {
+    uint64_t page;
+    uint8_t* bytes;
+  };
+  std::vector<Covered> covered;
+  for (const Answer& answer : answers) {
+    const uint64_t page = pageOf(answer.gva);
+    if (answer.data.empty() || answer.access != kRead) continue;
+    auto found = std::find_if(covered.begin(), covered.end(), [&](auto& c) { return c.page == page; });
+    if (found == covered.end()) {
+      covered.push_back({page, shadows.cover(page, kRead, vcpu.board().memory.at(answer.frame))});
+      found = std::prev(covered.end());
+    }
+    const uint64_t offset = offsetIn(answer.gva);
+    memcpy(found->bytes + offset, answer.data.data(), std::min<size_t>(answer.data.size(), kPageSize - offset));
+  }
+  // The first grant of a page and access counts: the real frame only where no shadow stands in.
+  for (const Answer& answer : answers) {
+    vcpu.grants.push_back({pageOf(answer.gva), answer.access, answer.frame});
+  }
+}
+
+/** Where memory no longer holds the decoded bytes, this vCPU fetches them from a shadow. */
+void grantCode(Vcpu& vcpu, Shadows& shadows, const OpenInstruction& instruction, uint64_t rip) {
+  uint8_t current[kLongestInstruction];
+  const size_t length = fetchCode(vcpu, rip, current, instruction.length);
+  if (length == instruction.length && memcmp(current, instruction.bytes, length) == 0) return;
+  vcpu.forgetTranslations();
+  for (size_t done = 0; done < instruction.length;) {
+    const uint64_t at = rip + done;
+    const size_t piece = std::min<size_t>(instruction.length - done, kPageSize - offsetIn(at));
+    const auto found = vcpu.translate(at, kExecute, Marks::kNone);
+    const uint8_t* original =
+        found.outcome == Translation::kMapped ? vcpu.board().memory.at(found.frame) : nullptr;
+    uint8_t* shadow = shadows.cover(pageOf(at), kExecute, original);
+    memcpy(shadow + offsetIn(at), instruction.bytes + done, piece);
+    done += piece;
+  }
+}
+
+}  // namespace
+
+Stop carryOut(Vcpu& vcpu, const OpenInstruction& instruction) {
+  Shadows shadows(vcpu);
+  grantCode(vcpu, shadows, instruction, readRegister(vcpu.engine(), UC_X86_REG_RIP));
+  grantAnswers(vcpu, shadows, instruction.answers);
+  return stepInstruction(vcpu, instruction.bytes, instruction.length);
+}
+
+}  // namespace memtables
