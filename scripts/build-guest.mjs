@@ -209,7 +209,10 @@ const GUARDS = ['none', 'cmp', 'and'];
 function readSites(records, image) {
   const sections = sectionsOf(image);
   let at = 0;
-  const u32 = () => records.readUInt32LE((at += 4) - 4);
+  const u32 = () => {
+    at += 4;
+    return records.readUInt32LE(at - 4);
+  };
   const text = () => {
     const end = records.indexOf(0, at);
     const value = records.toString('latin1', at, end);

@@ -1,5 +1,9 @@
+import { MemtablesError } from '../errors.js';
 import type { Machine } from '../machine/machine.js';
-import type { Gpa, Gva } from '../vmi/address.js';
+import { type Gpa, type Gva, gpaOfFrame, PAGE_SHIFT, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import { nextRandom } from './generator.js';
+import { type LaidOutImage, layOutImage } from './image.js';
+import { type PageRights, PageTableBuilder } from './page-tables.js';
 
 export interface GuestOptions {
   /** `ntoskrnl.exe` as the set-up built it. */
@@ -16,15 +20,257 @@ export interface LoadedGuest {
   readonly directoryTable: Gpa;
   readonly seed: number;
   readonly vcpuCount: number;
-  /** What the host and the guest's platform layer hand each other (native/guest/platform). */
+  /** What the host and the guest's platform layer hand each other (native/guest/guest.inc). */
   readonly bootBlock: Gva;
-  /** Translates an address of the image, the pool or a kernel stack. */
+  /** Translates an address of the image, its low alias, the pool, a kernel stack or the boot block. */
   translate(gva: Gva): Gpa | undefined;
 }
+
+/** The fields of the boot block, by native/guest/guest.inc. */
+export const BOOT_BLOCK = {
+  processors: 0x00,
+  systemCr3: 0x08,
+  userCr3: 0x10,
+  pool: 0x18,
+  poolEnd: 0x20,
+  stacks: 0x28,
+  stacksEnd: 0x30,
+  userCode: 0x38,
+  userCodeAlias: 0x40,
+  userStack: 0x48,
+  lowAlias: 0x50,
+  seed: 0x58,
+  report: 0x60,
+} as const;
+
+const PAGE = BigInt(PAGE_SIZE);
+const SEED_LIMIT = 2 ** 32;
+/** Spreads seeds that differ in a bit; also keeps 0 from being the generator's dead state. */
+const PLACEMENT_SALT = 0x6d2b79f5;
+
+// Where NT keeps such things; each is moved by the seed inside its own part of the address space.
+const KERNEL_REGION = { start: 0xffff_f800_0000_0000n, step: 0x20_0000n, steps: 0x4000 };
+const POOL_REGION = { start: 0xffff_8000_0000_0000n, step: 0x4000_0000n, steps: 0x100 };
+const STACK_REGION = { start: 0xffff_f500_0000_0000n, step: 0x4000_0000n, steps: 0x100 };
+const USER_CODE_REGION = { start: 0x7ff6_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
+const USER_STACK_REGION = { start: 0x0050_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
+const LOW_ALIAS_REGION = { start: 0x1000_0000n, step: 0x10_0000n, steps: 0x100 };
+
+/** A guard page that is not mapped, then the 24 KB of a kernel stack. */
+const STACK_PAGES = 6;
+const STACK_SLOT_PAGES = STACK_PAGES + 1;
+/** Idle, DPC, ISR, three interrupt stacks of the TSS, two workers. */
+const STACKS_PER_VCPU = 8;
+/** Checker, look-alikes, user thread. */
+const SINGLE_STACKS = 3;
+/** KPCR, TSS, GDT, thread objects. */
+const POOL_PAGES_PER_VCPU = 16;
+/** IDT, processes, single threads; the copy of the image comes on top. */
+const POOL_PAGES = 16;
+const USER_STACK_PAGES = 2;
+
+const CR0_LONG_MODE = 0x8005_0033n; // PE MP ET NE WP AM PG
+const CR4_LONG_MODE = 0x6a0n; // PAE PGE OSFXSR OSXMMEXCPT
+const EFER_LONG_MODE = 0xd00n; // LME LMA NXE
+const RFLAGS_RESET = 2n;
 
 /**
  * Places the image into the machine and every vCPU at its entry point.
  *
- * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the machine has too little memory
+ * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the machine has too little memory or the
+ * seed is not a 32-bit number
  */
-export declare function loadGuest(machine: Machine, options: GuestOptions): LoadedGuest;
+export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions): LoadedGuest {
+  if (!Number.isInteger(seed) || seed < 0 || seed >= SEED_LIMIT) {
+    throw new MemtablesError('INVALID_ARGUMENT', `${seed} is no seed`, {
+      remedy: 'Use a whole number from 0 to 4294967295.',
+      context: { seed },
+    });
+  }
+  const image = layOutImage(file);
+  const placement = new Placement(machine, seed);
+  const kernelBase = placement.choose(KERNEL_REGION);
+  relocate(image, kernelBase);
+
+  const imagePages = image.bytes.length / PAGE_SIZE;
+  const imageFrames = Array.from({ length: imagePages }, (_, page) => {
+    const frame = placement.takeFrame();
+    machine.writePhysical(gpaOfFrame(frame), image.bytes.subarray(page * PAGE_SIZE, (page + 1) * PAGE_SIZE));
+    placement.map(kernelBase + BigInt(page) * PAGE, frame, rightsOf(image, page * PAGE_SIZE));
+    return frame;
+  });
+  const lowAlias = placement.choose(LOW_ALIAS_REGION);
+  imageFrames.forEach((frame, page) => {
+    placement.map(lowAlias + BigInt(page) * PAGE, frame, {});
+  });
+
+  const poolPages = imagePages + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
+  const pool = placement.choose(POOL_REGION);
+  placement.mapZeroed(pool, poolPages);
+  const poolEnd = pool + BigInt(poolPages) * PAGE;
+
+  const slots = STACKS_PER_VCPU * machine.vcpuCount + SINGLE_STACKS;
+  const stacks = placement.choose(STACK_REGION);
+  const slotBytes = BigInt(STACK_SLOT_PAGES) * PAGE;
+  for (let slot = 0n; slot < slots; slot++) {
+    placement.mapZeroed(stacks + slot * slotBytes + PAGE, STACK_PAGES);
+  }
+
+  const bootBlock = poolEnd + PAGE;
+  placement.mapZeroed(bootBlock, 1);
+  const userCodeFrame = placement.takeZeroedFrame();
+  const userCodeAlias = bootBlock + 2n * PAGE;
+  placement.map(userCodeAlias, userCodeFrame, { write: true });
+
+  const userCr3 = placement.createProcess();
+  const userCode = placement.choose(USER_CODE_REGION);
+  const userStack = placement.choose(USER_STACK_REGION);
+  placement.mapUser(userCr3, userCode, userCodeFrame, { execute: true });
+  for (let page = 0n; page < USER_STACK_PAGES; page++) {
+    placement.mapUser(userCr3, userStack + page * PAGE, placement.takeZeroedFrame(), { write: true });
+  }
+  placement.writeTables();
+
+  const guest: LoadedGuest = {
+    kernelBase,
+    imageSize: image.bytes.length,
+    directoryTable: placement.systemCr3,
+    seed,
+    vcpuCount: machine.vcpuCount,
+    bootBlock,
+    translate: (gva) => placement.translate(gva),
+  };
+  const fields: Record<keyof typeof BOOT_BLOCK, bigint> = {
+    processors: BigInt(machine.vcpuCount),
+    systemCr3: placement.systemCr3,
+    userCr3,
+    pool,
+    poolEnd,
+    stacks,
+    stacksEnd: stacks + BigInt(slots) * slotBytes,
+    userCode,
+    userCodeAlias,
+    userStack: userStack + BigInt(USER_STACK_PAGES) * PAGE,
+    lowAlias,
+    seed: BigInt(seed),
+    report: 0n,
+  };
+  const block = Buffer.alloc(PAGE_SIZE);
+  for (const [name, offset] of Object.entries(BOOT_BLOCK)) {
+    block.writeBigUInt64LE(fields[name as keyof typeof BOOT_BLOCK], offset);
+  }
+  machine.writePhysical(placement.translate(bootBlock)!, block);
+
+  for (let vcpu = 0; vcpu < machine.vcpuCount; vcpu++) {
+    machine.setRegisters(vcpu, {
+      cr3: placement.systemCr3,
+      cr4: CR4_LONG_MODE,
+      efer: EFER_LONG_MODE,
+      cr0: CR0_LONG_MODE,
+      rflags: RFLAGS_RESET,
+      rip: kernelBase + BigInt(image.entryPoint),
+      rsp: stacks + BigInt(vcpu + 1) * slotBytes,
+      rcx: bootBlock,
+      rdx: BigInt(vcpu),
+    });
+  }
+  return guest;
+}
+
+/** Adds the distance from the preferred base to every address in the image. */
+function relocate(image: LaidOutImage, base: Gva): void {
+  const distance = base - image.preferredBase;
+  for (const rva of image.relocations) {
+    const value = image.bytes.readBigUInt64LE(rva) + distance;
+    image.bytes.writeBigUInt64LE(BigInt.asUintN(64, value), rva);
+  }
+}
+
+/** The headers and what lies between sections can only be read. */
+function rightsOf(image: LaidOutImage, rva: number): PageRights {
+  return image.sections.find((section) => rva >= section.rva && rva < section.rva + section.size) ?? {};
+}
+
+/** Where everything goes: frames in an order of the seed's, addresses by region, page tables as needed. */
+class Placement {
+  readonly systemCr3: Gpa;
+  readonly #frames: Uint32Array;
+  readonly #tables: PageTableBuilder;
+  /** The System process's mappings, by page. */
+  readonly #mapped = new Map<bigint, bigint>();
+  #random: number;
+  #taken = 0;
+
+  constructor(
+    private readonly machine: Machine,
+    seed: number,
+  ) {
+    this.#random = (seed ^ PLACEMENT_SALT) >>> 0 || PLACEMENT_SALT;
+    // Frame 0 is left out: a null GPA must stay a mistake.
+    this.#frames = Uint32Array.from({ length: machine.memoryBytes / PAGE_SIZE - 1 }, (_, index) => index + 1);
+    this.#tables = new PageTableBuilder(() => this.takeFrame());
+    this.systemCr3 = this.#tables.createRoot();
+  }
+
+  choose(region: { readonly start: bigint; readonly step: bigint; readonly steps: number }): Gva {
+    return region.start + BigInt(this.#below(region.steps)) * region.step;
+  }
+
+  /** A frame that nothing else uses. */
+  takeFrame(): bigint {
+    const left = this.#frames.length - this.#taken;
+    if (left === 0) {
+      throw new MemtablesError('INVALID_ARGUMENT', 'the guest does not fit into its memory', {
+        remedy: 'Give the machine more memory, or fewer vCPUs.',
+        context: { memoryBytes: this.machine.memoryBytes, vcpus: this.machine.vcpuCount },
+      });
+    }
+    const at = this.#taken + this.#below(left);
+    const frame = this.#frames[at]!;
+    this.#frames[at] = this.#frames[this.#taken]!;
+    this.#taken++;
+    return BigInt(frame);
+  }
+
+  takeZeroedFrame(): bigint {
+    const frame = this.takeFrame();
+    this.machine.writePhysical(gpaOfFrame(frame), Buffer.alloc(PAGE_SIZE));
+    return frame;
+  }
+
+  map(gva: Gva, frame: bigint, rights: PageRights): void {
+    this.#tables.map(this.systemCr3, gva, frame, rights);
+    this.#mapped.set(gva >> PAGE_SHIFT, frame);
+  }
+
+  mapZeroed(gva: Gva, pages: number): void {
+    for (let page = 0n; page < pages; page++) {
+      this.map(gva + page * PAGE, this.takeZeroedFrame(), { write: true });
+    }
+  }
+
+  /** An address space with the kernel in its upper half; nothing new may be mapped in a new part of that half. */
+  createProcess(): Gpa {
+    const root = this.#tables.createRoot();
+    this.#tables.shareKernelHalf(this.systemCr3, root);
+    return root;
+  }
+
+  mapUser(root: Gpa, gva: Gva, frame: bigint, rights: PageRights): void {
+    this.#tables.map(root, gva, frame, { ...rights, user: true });
+  }
+
+  writeTables(): void {
+    for (const { gpa, bytes } of this.#tables.contents()) this.machine.writePhysical(gpa, bytes);
+  }
+
+  translate(gva: Gva): Gpa | undefined {
+    const frame = this.#mapped.get(gva >> PAGE_SHIFT);
+    return frame === undefined ? undefined : gpaOfFrame(frame) + BigInt(pageOffset(gva));
+  }
+
+  #below(limit: number): number {
+    this.#random = nextRandom(this.#random);
+    return this.#random % limit;
+  }
+}
