@@ -49,6 +49,15 @@
         "native/kvmi/session.cc"
       ],
       "include_dirs": ["native/kvmi/include"]
+    },
+    {
+      # Drives a library with that ABI from C; for the tests.
+      "target_name": "kvmi-abi-check",
+      "type": "executable",
+      "sources": ["native/kvmi/test/abi_check.c"],
+      "include_dirs": ["native/kvmi/include"],
+      "cflags_c": ["-std=gnu11", "-Wall", "-Wextra"],
+      "libraries": ["-ldl"]
     }
   ]
 }
