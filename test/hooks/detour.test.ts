@@ -131,6 +131,7 @@ describe('refusal', () => {
     ['an access to static data after a push', '53 8b0500100000 5b c3'],
     ['an access to the processor block after a sub', '4883ec28 65488b042588010000 4883c428 c3'],
     ['an address computed, not accessed, after a push', '53 488d4110 90 5b c3'],
+    ['its own first bytes read as data', '33c0 ffc0 ffc8 8b05f5ffffff c3'],
     ['a function that begins with a computed address of its own start', '488d05f9ffffff c3'],
   ])('none: %s', (_name, code) => {
     expect(plan(code).refused).toBeUndefined();
