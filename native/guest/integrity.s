@@ -44,6 +44,8 @@ code_section .text$kernel
 
 function WlIntegrityThread
     sub     rsp, 0x28
+    mov     ecx, 1
+    call    KeDelayExecutionThread
     xor     r15d, r15d                          # sweeps
 .Lsweep:
     lea     r14, [rip + __ImageBase]

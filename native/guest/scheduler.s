@@ -89,6 +89,9 @@ function SwapContext
     mov     rax, [rax + _KPROCESS.DirectoryTableBase]
     mov     cr3, rax
 .Lsame_process:
+    movzx   eax, byte ptr [rsi + _KTHREAD.QuantumReset]
+    add     eax, [rbx + PRCB + _KPRCB.ClockInterrupts]
+    mov     [rsi + _KTHREAD.QuantumTarget], rax
     inc     dword ptr [rsi + _KTHREAD.ContextSwitches]
     inc     dword ptr [rbx + PRCB + _KPRCB.KeContextSwitches]
     add     rsp, _KSWITCH_FRAME.Rbp
@@ -156,6 +159,7 @@ function KiIdleLoop
     call    KiSelectReadyThread
     test    rax, rax
     jz      .Lhalt
+    mov     qword ptr gs:[PRCB + _KPRCB.NextThread], 0
     mov     rdx, rax
     mov     rcx, gs:[PRCB + _KPRCB.IdleThread]
     call    KiSwapContext
@@ -188,7 +192,12 @@ function KeUpdateRunTime
     inc     dword ptr [rbx + _KPRCB.ClockInterrupts]
     call    WlProcessorReport
     inc     qword ptr [rax + PROCESSOR_TICKS]
+    mov     rcx, [rbx + _KPRCB.CurrentThread]
+    mov     eax, [rbx + _KPRCB.ClockInterrupts]
+    cmp     eax, [rcx + _KTHREAD.QuantumTarget]
+    js      .Lquantum_goes_on
     mov     byte ptr [rbx + _KPRCB.QuantumEnd], 1
+.Lquantum_goes_on:
     lea     rdi, [rbx + _KPRCB.WaitListHead]
     mov     rsi, [rdi]
 .Lnext_waiter:
@@ -238,16 +247,17 @@ function KiDispatchInterrupt
     mov     rax, [rbx + _KPRCB.CurrentThread]
     cmp     rax, [rbx + _KPRCB.IdleThread]
     je      .Lkeep_running                      # the idle loop looks by itself
+    mov     ecx, WR_DISPATCH_INT
+    cmp     qword ptr [rbx + _KPRCB.NextThread], 0
+    jne     .Lpreempt                           # a thread whose wait has ended stands first in the list
+    mov     ecx, WR_QUANTUM_END
     cmp     byte ptr [rbx + _KPRCB.QuantumEnd], 0
     je      .Lkeep_running
-    mov     byte ptr [rbx + _KPRCB.QuantumEnd], 0
-    lea     rcx, [rbx + _KPRCB.DispatcherReadyListHead]
-    cmp     rcx, [rcx]
+    lea     rdx, [rbx + _KPRCB.DispatcherReadyListHead]
+    cmp     rdx, [rdx]
     je      .Lkeep_running
-    mov     ecx, WR_QUANTUM_END
-    mov     edx, WR_DISPATCH_INT
-    cmp     qword ptr [rbx + _KPRCB.NextThread], 0
-    cmovne  ecx, edx
+.Lpreempt:
+    mov     byte ptr [rbx + _KPRCB.QuantumEnd], 0
     mov     qword ptr [rbx + _KPRCB.NextThread], 0
     mov     [rax + _KTHREAD.WaitReason], cl
     mov     rcx, rax

@@ -366,6 +366,7 @@ function PsCreateThreadObject
     mov     [rbx + _KTHREAD.ApcState + _KAPC_STATE.Process], rsi
     mov     [rbx + _KTHREAD.NextProcessor], r9d
     mov     byte ptr [rbx + _KTHREAD.State], STATE_INITIALIZED
+    mov     byte ptr [rbx + _KTHREAD.QuantumReset], 1
     mov     [rbx + _ETHREAD.StartAddress], rdi
     mov     rax, [rsi + _EPROCESS.UniqueProcessId]
     mov     [rbx + _ETHREAD.Cid + _CLIENT_ID.UniqueProcess], rax

@@ -5,6 +5,7 @@
 .set PUBLISH_INTERVAL, 64
 .set SWITCHES_PER_DPC, 8
 .set TICKS_BETWEEN_LOOK_ALIKES, 8
+.set INTEGRITY_QUANTUM, 3
 .set CALL_BYTES, 16
 .set CALL_RANGE, 8
 .set SEED_STEP, 0x9e3779b1
@@ -62,6 +63,8 @@ function WlCreateWorkload
     xor     eax, eax
     lea     rdx, [rip + WlIntegrityThread]
     call    .Lcreate_system_thread
+    # Every read of a trapped page costs it much: a longer quantum keeps its sweeps short.
+    mov     byte ptr [rax + _KTHREAD.QuantumReset], INTEGRITY_QUANTUM
     mov     esi, [rip + KeNumberProcessors]
     dec     esi
     mov     ecx, FORM_LOOK_ALIKE
@@ -94,10 +97,12 @@ function WlCreateWorkload
 
 code_section .text$kernel
 
-# RCX = stream: a thread that switches for ever.
+# RCX = stream: a thread that switches for ever, from the first tick on: until then the processor is idle.
 function WlWorkerThread
     mov     rbx, rcx
     sub     rsp, 0x28
+    mov     ecx, 1
+    call    KeDelayExecutionThread
 .Lwork:
     mov     rcx, rbx
     mov     edx, PUBLISH_INTERVAL

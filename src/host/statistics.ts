@@ -1,6 +1,6 @@
 // What the statistics channel answers with; docs/host-statistics.md describes it.
 import type { LoadedGuest } from '../guest/loader.js';
-import type { GuestReport, StreamReport } from '../guest/report.js';
+import type { GuestReport, ProcessorReport, StreamReport } from '../guest/report.js';
 import { hex } from '../vmi/address.js';
 import type { Introspection } from './introspection.js';
 import type { ViolationReport } from './violation-counters.js';
@@ -19,9 +19,10 @@ export interface GuestStatistics {
   readonly integrityMismatches: number;
   readonly firstMismatch?: { readonly gva: string; readonly expected: number; readonly found: number };
   readonly otherReads: number;
-  readonly userLoops: number;
   readonly systemCalls: number;
-  readonly ticks: readonly number[];
+  readonly userLoops: number;
+  readonly userErrors: number;
+  readonly processors: readonly Readonly<Record<keyof ProcessorReport, number>>[];
   readonly bugCheck?: {
     readonly vector: number;
     readonly rip: string;
@@ -88,9 +89,14 @@ function guestStatistics(report: GuestReport): GuestStatistics {
     integrityMismatches: Number(integrity.mismatches),
     ...(firstMismatch && { firstMismatch: { ...firstMismatch, gva: hex(firstMismatch.gva) } }),
     otherReads: Number(report.otherReads),
-    userLoops: Number(report.userLoops),
     systemCalls: Number(report.systemCalls),
-    ticks: report.ticks.map(Number),
+    userLoops: Number(report.userLoops),
+    userErrors: Number(report.userErrors),
+    processors: report.processors.map(({ ticks, halts, dpcs }) => ({
+      ticks: Number(ticks),
+      halts: Number(halts),
+      dpcs: Number(dpcs),
+    })),
     ...(bugCheck && {
       bugCheck: {
         vector: bugCheck.vector,

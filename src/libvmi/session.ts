@@ -33,7 +33,7 @@ const MAX_DRAIN_ROUNDS = 100;
 /** KVM has one view of memory unless more are made. */
 const DEFAULT_VIEW = 0;
 
-const REGISTER_NAMES = Object.keys(abi.REGISTER_OFFSETS) as readonly (keyof Registers)[];
+const REGISTERS = Object.entries(abi.REGISTER_OFFSETS) as readonly [keyof Registers, number][];
 
 /**
  * Attaches to the VM `name`: listens on `socket` and waits about 10 seconds for the hypervisor to connect.
@@ -136,7 +136,7 @@ export class LibvmiSession implements Hypervisor {
   start(): void {
     const mode = this.#call('vmi_init_paging', 0);
     if (mode !== abi.PAGE_MODE_IA32E) {
-      this.registers(0);
+      this.#assertStillThere();
       throw new MemtablesError('GUEST_UNSUPPORTED', 'the guest does not run with 4-level paging', {
         remedy: 'Only 64-bit guests are supported; attach once the guest has booted.',
         context: { pageMode: mode },
@@ -168,8 +168,7 @@ export class LibvmiSession implements Hypervisor {
     const status = this.#call('vmi_pagetable_lookup', root, gva, this.#word.bytes);
     if (status === abi.STATUS_SUCCESS) return this.#word.u64(0);
     // Not mapped, or nobody there to ask.
-    const failure = this.#failure('vmi_pagetable_lookup');
-    if (failure.code === 'HYPERVISOR_GONE') throw failure;
+    this.#assertStillThere();
     return undefined;
   }
 
@@ -182,9 +181,9 @@ export class LibvmiSession implements Hypervisor {
   registers(vcpu: number): Registers {
     this.#assertAlive();
     this.#loadRegisters(vcpu);
-    return Object.fromEntries(
-      REGISTER_NAMES.map((name) => [name, this.#registers.u64(abi.REGISTER_OFFSETS[name])]),
-    ) as unknown as Registers;
+    const registers = {} as Record<keyof Registers, bigint>;
+    for (const [name, offset] of REGISTERS) registers[name] = this.#registers.u64(offset);
+    return registers;
   }
 
   /** @throws MemtablesError `NOT_QUIESCENT` while the guest runs, and inside a violation handler */
@@ -192,8 +191,8 @@ export class LibvmiSession implements Hypervisor {
     this.#assertMayWrite('setRegisters');
     // The whole file in one call: of several single ones all but the last may be lost.
     this.#loadRegisters(vcpu);
-    for (const name of REGISTER_NAMES) {
-      if (abi.isSettable(name)) this.#registers.setU64(abi.REGISTER_OFFSETS[name], registers[name]);
+    for (const [name, offset] of REGISTERS) {
+      if (abi.isSettable(name)) this.#registers.setU64(offset, registers[name]);
     }
     this.#check('vmi_set_vcpuregs', this.#registers.address, vcpu);
   }
@@ -215,7 +214,7 @@ export class LibvmiSession implements Hypervisor {
     const status = this.#pauses === 1 ? this.#call('vmi_resume_vm') : abi.STATUS_SUCCESS;
     if (status === abi.STATUS_SUCCESS) this.#pauses--;
     this.#events.rethrow();
-    if (status !== abi.STATUS_SUCCESS) throw this.#failure('vmi_resume_vm');
+    if (status !== abi.STATUS_SUCCESS) this.#fail('vmi_resume_vm');
   }
 
   trapAccess(gfn: Gfn): void {
@@ -244,7 +243,7 @@ export class LibvmiSession implements Hypervisor {
     const before = this.#events.answered;
     const status = this.#calls.waitingCall(timeoutMs, 'vmi_events_listen', this.#instance, timeoutMs);
     this.#events.rethrow();
-    if (status !== abi.STATUS_SUCCESS) throw this.#failure('vmi_events_listen');
+    if (status !== abi.STATUS_SUCCESS) this.#fail('vmi_events_listen');
     return this.#events.answered - before;
   }
 
@@ -255,26 +254,34 @@ export class LibvmiSession implements Hypervisor {
   close(): void {
     if (this.#closed) return;
     if (this.#events.inHandler) throw refusedInHandler('close');
-    try {
-      if (!this.#gone) this.#giveBack();
-    } catch (error) {
-      if (!this.#gone) throw error;
-    } finally {
-      this.#closed = true;
-      this.#call('vmi_destroy');
-      this.#events.dispose();
-    }
+    const failure = this.#giveBack();
+    this.#closed = true;
+    this.#call('vmi_destroy');
+    this.#events.dispose();
     this.#events.rethrow();
+    if (failure !== undefined && !this.#gone) throw failure.error;
   }
 
-  #giveBack(): void {
-    for (const gfn of [...this.#trapped]) this.releaseAccess(gfn);
-    this.#drain();
-    if (this.#pauses > 0) {
-      this.#pauses = 0;
-      this.#check('vmi_resume_vm');
-      this.#drain();
+  /** Carries out every step, also after one has failed; returns the first failure. */
+  #giveBack(): { readonly error: unknown } | undefined {
+    const steps = [
+      ...[...this.#trapped].map((gfn) => () => this.releaseAccess(gfn)),
+      () => this.#drain(),
+      () => {
+        if (this.#pauses > 0) this.#check('vmi_resume_vm');
+        this.#pauses = 0;
+      },
+      () => this.#drain(),
+    ];
+    let failure: { readonly error: unknown } | undefined;
+    for (const step of steps) {
+      try {
+        step();
+      } catch (error) {
+        failure ??= { error };
+      }
     }
+    return failure;
   }
 
   /** Answers until a whole round of register reads, served by each vCPU itself, brings no event. */
@@ -309,20 +316,24 @@ export class LibvmiSession implements Hypervisor {
   }
 
   #check(name: abi.FunctionName, ...args: readonly Argument[]): void {
-    if (this.#call(name, ...args) !== abi.STATUS_SUCCESS) throw this.#failure(name, args);
+    this.#assertAlive();
+    if (this.#call(name, ...args) !== abi.STATUS_SUCCESS) this.#fail(name, args);
   }
 
-  /** What a failed call means: libvmi does not say whether the hypervisor is still there. */
-  #failure(name: abi.FunctionName, args: readonly Argument[] = []): MemtablesError {
-    const { address } = this.#registers;
-    if (this.#call('vmi_get_vcpuregs', address, 0) !== abi.STATUS_SUCCESS) {
-      this.#gone = true;
-      return this.#unavailable();
-    }
-    return new MemtablesError('HYPERVISOR_FAILED', `${name} failed`, {
-      remedy: 'Set LIBVMI_DEBUG=1 to see why, if libvmi was built with ENV_DEBUG.',
+  #fail(name: abi.FunctionName, args: readonly Argument[] = []): never {
+    this.#assertStillThere();
+    throw new MemtablesError('HYPERVISOR_FAILED', `${name} failed`, {
+      remedy: 'See what the library has printed; libvmi itself prints more with LIBVMI_DEBUG=1.',
       context: { call: name, arguments: args.filter((value) => typeof value !== 'object') },
     });
+  }
+
+  /** libvmi does not say whether a call failed because nobody is there: ask what is always answered. */
+  #assertStillThere(): void {
+    const firstVcpu = 0;
+    if (this.#call('vmi_get_vcpuregs', this.#registers.address, firstVcpu) === abi.STATUS_SUCCESS) return;
+    this.#gone = true;
+    throw this.#unavailable();
   }
 
   #unavailable(): MemtablesError {
@@ -343,9 +354,7 @@ export class LibvmiSession implements Hypervisor {
     if (this.#events.inHandler) throw refusedInHandler(method);
   }
 
-  /**
-   * A vCPU that runs, or whose violation is being handled, may already have decoded what a write replaces.
-   */
+  /** A vCPU that runs, or whose violation is being handled, may have decoded what a write replaces. */
   #assertMayWrite(method: string): void {
     this.#assertOutsideHandler(method);
     if (this.#pauses > 0) return;

@@ -128,7 +128,7 @@ export class FakeMachine implements Machine {
   raiseInterrupt(): void {}
   setTimer(): void {}
 
-  run(): { traps: Trap[]; idle: boolean } {
+  run(_microseconds = 0): { traps: Trap[]; idle: boolean } {
     this.runs++;
     const traps: Trap[] = [];
     let idle = true;

@@ -6,19 +6,21 @@ import { Introspection, type IntrospectionObserver } from '../../src/host/intros
 import { KvmiConnection } from '../../src/host/kvmi-connection.js';
 import { EventId } from '../../src/host/kvmi-wire.js';
 import { RunLoop } from '../../src/host/run-loop.js';
+import type { Machine } from '../../src/machine/machine.js';
 import { FakeMachine } from './fake-machine.js';
 import { Introspector } from './introspector.js';
 
+const SLICE = 100;
 const IGNORE: IntrospectionObserver = { raised() {}, answered() {}, written() {} };
 
 /** A tool that is attached over a real socket to a fake machine, which only runs when `turn` is called. */
-export class Fixture {
+export class Fixture<M extends Machine = FakeMachine> {
   private loop: RunLoop | undefined;
 
   private constructor(
     private readonly directory: string,
     readonly tool: Introspector,
-    readonly machine: FakeMachine,
+    readonly machine: M,
     readonly introspection: Introspection,
     private readonly connection: KvmiConnection,
     /** Why we dropped a tool, in order. */
@@ -27,16 +29,18 @@ export class Fixture {
     readonly failures: unknown[],
   ) {}
 
-  static async attached(
-    observer: IntrospectionObserver = IGNORE,
-    machine = new FakeMachine(),
-  ): Promise<Fixture> {
+  static async attached(observer?: IntrospectionObserver): Promise<Fixture>;
+  static async attached<M extends Machine>(
+    observer: IntrospectionObserver | undefined,
+    machine: M,
+  ): Promise<Fixture<M>>;
+  static async attached(observer = IGNORE, machine: Machine = new FakeMachine()): Promise<Fixture<Machine>> {
     const directory = mkdtempSync(join(tmpdir(), 'memtables-host-'));
     const path = join(directory, 'tool');
     const introspection = new Introspection(machine, observer);
     const dropped: MemtablesError[] = [];
     const failures: unknown[] = [];
-    let fixture: Fixture | undefined;
+    let fixture: Fixture<Machine> | undefined;
     const tool = await Introspector.listen(path);
     const accepted = tool.accept();
     const connection = new KvmiConnection({
@@ -63,7 +67,7 @@ export class Fixture {
 
   /** Lets every vCPU that can run go through one scripted instruction. */
   turn(): void {
-    this.introspection.trapped(this.machine.run().traps);
+    this.introspection.trapped(this.machine.run(SLICE).traps);
   }
 
   /** From now on the vCPUs run by themselves, as in a host. */
@@ -80,6 +84,7 @@ export class Fixture {
     this.loop?.stop();
     this.connection.close();
     this.tool.close();
+    this.machine.close();
     rmSync(this.directory, { recursive: true, force: true });
   }
 }

@@ -1,0 +1,109 @@
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { onTestFinished } from 'vitest';
+import { type GuestArtefacts, readGuestArtefacts } from '../../src/guest/artefacts.js';
+import { type LoadedGuest, loadGuest } from '../../src/guest/loader.js';
+import { type GuestReport, readGuestReport } from '../../src/guest/report.js';
+import { predictChecksum } from '../../src/guest/workload-model.js';
+import { snapshotImage } from '../../src/host/image-snapshot.js';
+import { Journal } from '../../src/journal/journal.js';
+import { createMachine } from '../../src/machine/create-machine.js';
+import type { Machine } from '../../src/machine/machine.js';
+import { Engine } from '../../src/memtables/engine.js';
+import type { EngineEvent } from '../../src/memtables/report.js';
+import { discoverKernel, type Kernel } from '../../src/nt/kernel.js';
+import { PeImage } from '../../src/nt/pe.js';
+import { loadProfile } from '../../src/nt/profile.js';
+import type { Hypervisor } from '../../src/vmi/hypervisor.js';
+import { whileQuiescent } from '../../src/vmi/quiescence.js';
+import { MachineHypervisor } from './machine-hypervisor.js';
+
+const MEMORY_BYTES = 64 << 20;
+const TIMER_VECTOR = 0xd1;
+const TIMER_MICROSECONDS = 1000;
+const BOOT_RUNS = 20_000;
+
+/** A booted guest on the embedded machine, in this process. */
+export class EmbeddedGuest {
+  readonly artefacts: GuestArtefacts;
+  readonly machine: Machine;
+  readonly loaded: LoadedGuest;
+  readonly hypervisor: MachineHypervisor;
+
+  private constructor(vcpus: number, seed: number) {
+    this.artefacts = readGuestArtefacts();
+    this.machine = createMachine({ vcpus, memoryBytes: MEMORY_BYTES });
+    this.loaded = loadGuest(this.machine, { image: this.artefacts.image, seed });
+    this.hypervisor = new MachineHypervisor(this.machine);
+  }
+
+  /** Boots, and runs until every part of the workload has begun. */
+  static boot({ vcpus = 2, seed = 1 } = {}): EmbeddedGuest {
+    const guest = new EmbeddedGuest(vcpus, seed);
+    onTestFinished(() => guest.machine.close());
+    guest.machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
+    for (let run = 0; run < BOOT_RUNS; run++) {
+      guest.machine.run(1000);
+      const report = readGuestReport(guest.machine, guest.loaded);
+      if (report !== undefined && report.integrity.sweeps > 0n) return guest;
+    }
+    throw new Error('the guest did not boot');
+  }
+
+  /** From now on nothing but `step` lets the guest run. */
+  stopTimer(): void {
+    this.machine.setTimer(TIMER_VECTOR, 0);
+  }
+
+  /** Makes a vCPU take the timer interrupt as soon as it can. */
+  tick(vcpu: number): void {
+    this.machine.raiseInterrupt(vcpu, TIMER_VECTOR);
+  }
+
+  report(): GuestReport {
+    const report = readGuestReport(this.machine, this.loaded);
+    if (report === undefined) throw new Error('the guest has not booted');
+    return report;
+  }
+
+  /** Streams of the workload whose checksum is not what the model predicts. */
+  wrongStreams(): unknown[] {
+    return this.report().streams.filter(({ form, seed, count, checksum }) => {
+      const calls = this.artefacts.sites.calls.filter((call) => call.form === form);
+      return predictChecksum(calls, seed, count) !== checksum;
+    });
+  }
+
+  /** The kernel, found as the tool finds it. */
+  discover(hypervisor: Hypervisor = this.hypervisor): Kernel {
+    return whileQuiescent(hypervisor, () =>
+      discoverKernel(hypervisor, loadProfile(this.artefacts.profilePath)),
+    );
+  }
+
+  /** The bytes that must be as they were after an unload. */
+  image(): string {
+    return JSON.stringify(snapshotImage(this.machine, this.loaded, PeImage.fromFile(this.artefacts.image)));
+  }
+
+  /** An engine on this guest, with what it reports. */
+  attach(options: { hypervisor?: Hypervisor; threshold?: number; unloadSeconds?: number } = {}) {
+    const { hypervisor = this.hypervisor, threshold = 50, unloadSeconds = 20 } = options;
+    const directory = mkdtempSync(join(tmpdir(), 'engine-'));
+    onTestFinished(() => rmSync(directory, { recursive: true }));
+    const kernel = this.discover();
+    const journal = Journal.create(
+      join(directory, 'journal'),
+      { guest: 'embedded', kernelBase: kernel.base, pdb: 'x' },
+      () => true,
+    );
+    const events: EngineEvent[] = [];
+    const engine = new Engine(hypervisor, kernel, journal, {
+      threshold,
+      unloadSeconds,
+      report: (event) => events.push(event),
+    });
+    return { engine, kernel, journal, events };
+  }
+}
