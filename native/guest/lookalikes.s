@@ -7,6 +7,7 @@
 .set switch_id, 100
 
 .macro look_alike_records name, entries, base, idx, dst, guard, expected, range
+    end_function
     site_record \name, \name, FORM_LOOK_ALIKE, \entries, \base, \idx, \dst, \guard, \expected, \name
     call_record \name, FORM_LOOK_ALIKE, \range
     model_record switch_id, 0, 0, 0, \entries, 0, 1, \entries, 1

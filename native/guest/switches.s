@@ -19,19 +19,19 @@ switch NtQueryInformationToken, entries=22, base=rbx, save1=rbx
 switch NtSetInformationToken, entries=20, idx=r9, dst=r10
 switch NtPowerInformation, entries=16, base=r12, idx=rdi, save1=rdi, save2=r12
 switch NtQueryVirtualMemory, entries=16, base=rsi, idx=r8, dst=r8, save1=rsi
-switch NtQueryKey, entries=12, base=r8, dst=rdx, widen=1
+switch NtQueryKey, entries=12, leaf=1, base=r8, dst=rdx, widen=1
 switch NtQueryValueKey, entries=12, base=r11, lea=far
 switch IoGetDeviceProperty, entries=10, base=r15, idx=rdx, dst=rdx, save1=r15
 switch ObQueryNameInfo, entries=10, base=r13, idx=r11, dst=r11, lea=far, save1=r13
-switch FsRtlProcessFileLock, entries=8, bias=5
+switch FsRtlProcessFileLock, entries=8, leaf=1, bias=5
 switch ExNotifyCallback, entries=8, guard=and
 switch SeQueryInformationToken, entries=8, base=r8, idx=rcx, dst=rdx, guard=jae
 switch KeSetTimerEx, entries=7, gap=1
 switch CcMdlRead, entries=6, base=rcx, dst=rcx, second=rdx
 switch RtlCompareMemoryUlong, entries=5, base=rbp, idx=r10, dst=r9, save1=rbp
 switch PoSetSystemState, entries=4, base=r14, idx=rsi, dst=r11, save1=rsi, save2=r14
-switch KeSetPriorityThread, entries=3, base=r9, idx=r10, dst=r11
-switch IoAllocateMdl, entries=2
+switch KeSetPriorityThread, entries=3, leaf=1, base=r9, idx=r10, dst=r11
+switch IoAllocateMdl, entries=2, leaf=1
 switch ExFreePoolWithTag, entries=1
 switch MmProbeAndLockPages, entries=16, stride=3, shift=1
 
@@ -47,6 +47,7 @@ switch_function NtDeviceIoControlFile
     dispatch rcx, rdx
     case_bodies NtDeviceIoControlFile, switch_id, 8
     dword_table NtDeviceIoControlFile, 8, 8, 5
+    end_function
 site_record NtDeviceIoControlFile, NtDeviceIoControlFile, FORM_ONE_LEVEL, 8, rdx, rax, rcx, GUARD_CMP, relocatable, NtDeviceIoControlFile
 call_record NtDeviceIoControlFile, FORM_ONE_LEVEL, 11
 model_record switch_id, 0, 0, 0, 8, 0, 1, 8, 5
@@ -69,6 +70,7 @@ switch_function NtCreateFile
     case_bodies NtCreateFile, switch_id, 12
     default_body NtCreateFile, switch_id, 12
     dword_table NtCreateFile, 12, 12, 7
+    end_function
 site_record NtCreateFile, NtCreateFile, FORM_ONE_LEVEL, 12, rdx, rax, rcx, GUARD_CMP, relocatable, NtCreateFile
 site_record NtCreateFile_second, NtCreateFile, FORM_ONE_LEVEL, 12, r8, rax, r9, GUARD_CMP, relocatable, NtCreateFile
 call_record NtCreateFile, FORM_ONE_LEVEL, 16
@@ -98,6 +100,7 @@ switch_function NtReadFile
     default_body NtReadFile_odd, (switch_id+1), 7
     dword_table NtReadFile_even, 9, 9, 2
     dword_table NtReadFile_odd, 7, 7, 3
+    end_function
 site_record NtReadFile_even, NtReadFile, FORM_ONE_LEVEL, 9, rdx, rax, rcx, GUARD_CMP, relocatable, NtReadFile_even
 site_record NtReadFile_odd, NtReadFile, FORM_ONE_LEVEL, 7, r9, r10, r10, GUARD_CMP, relocatable, NtReadFile_odd
 call_record NtReadFile, FORM_ONE_LEVEL, 24, 2
@@ -113,7 +116,7 @@ switch KeBugCheckEx, entries=16, bytes=256, run=3, base=r9, idx=rcx, dst=rcx
 switch SeAccessCheck, entries=4, bytes=40, run=3, base=r10, byteidx=rdx, idx=r11, dst=r8
 switch RtlUnicodeToMultiByteN, entries=5, bytes=30, run=2, base=rbx, dst=rax, save1=rbx
 switch FsRtlIsNameInExpression, entries=12, bytes=160, run=16, base=rcx, idx=rdx, dst=rax
-switch KdChangeOption, entries=3, bytes=20, base=r11, lea=far
+switch KdChangeOption, entries=3, leaf=1, bytes=20, base=r11, lea=far
 switch NtQueryDirectoryFile, entries=8, bytes=100, run=5, bias=3
 switch ObOpenObjectByName, entries=7, bytes=50, base=rdi, idx=r9, dst=r10, save1=rdi
 
@@ -138,6 +141,7 @@ switch_function NtWriteFile
     default_body NtWriteFile, switch_id, 9
     dword_table NtWriteFile, 9, 9, 4
     byte_table NtWriteFile, 64, 4, 9
+    end_function
 site_record NtWriteFile, NtWriteFile, FORM_TWO_LEVEL, 9, rdx, rax, rcx, GUARD_CMP, relocatable, NtWriteFile, 64, rax
 site_record NtWriteFile_second, NtWriteFile, FORM_TWO_LEVEL, 9, r8, r9, r11, GUARD_CMP, relocatable, NtWriteFile, 64, rax
 call_record NtWriteFile, FORM_TWO_LEVEL, 80
@@ -148,3 +152,13 @@ model_record switch_id, 0, 0, 0, 9, 64, 4, 9, 4
 code_section POOLCODE
 
 switch ExAllocatePoolWithTag, entries=8, base=r8, dst=rcx
+
+# --- hooks ------------------------------------------------------------------------------------------------------
+
+# One function on each page that holds switch tables.
+default_hook NtQuerySystemInformation
+default_hook NtSetInformationProcess
+default_hook NtSetInformationFile
+default_hook NtCreateFile
+default_hook NtWriteFile
+default_hook ExAllocatePoolWithTag

@@ -128,6 +128,8 @@ function perform(engine: Engine, command: Command): Answers[Command['type']] {
       return undefined;
     case 'relocate':
       engine.relocating = command.enabled;
+      // What is hot already is relocated before the answer.
+      engine.work();
       return undefined;
     case 'statistics':
       return engine.statistics();

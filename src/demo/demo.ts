@@ -9,7 +9,7 @@ import { predictChecksum } from '../guest/workload-model.js';
 import type { HostStatistics } from '../host/statistics-client.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import { EmbeddedHost } from './embedded-host.js';
-import { type Phase, phaseBetween } from './phase.js';
+import { type Phase, phaseBetween, sum } from './phase.js';
 import { type GuestVerdict, type Relocated, shortcomings } from './verdict.js';
 
 export interface DemoOptions {
@@ -128,7 +128,7 @@ async function measure(
     phases,
     relocations: engine.relocations,
     refused: engine.refused,
-    staleEvents: afterUnload.violations.stale,
+    staleEvents: sum(afterUnload.violations.sites.map(({ stale }) => stale)),
     cloakedReads: engine.cloakedReads,
     unload,
     guest,
@@ -140,8 +140,7 @@ async function measure(
 function checksumsAreRight({ sites }: GuestArtefacts, { guest }: HostStatistics): boolean {
   if (guest === undefined || guest.bugCheck !== undefined || guest.streams.length === 0) return false;
   return guest.streams.every(({ form, seed, count, checksum }) => {
-    const calls = sites.calls.filter((call) => call.form === form);
-    return predictChecksum(calls, seed, BigInt(count)) === checksum;
+    return predictChecksum(sites.calls, form, seed, BigInt(count)) === checksum;
   });
 }
 

@@ -50,6 +50,6 @@ function readViolationsOf(statistics: HostStatistics, form: SwitchForm): number 
   return sum(statistics.violations.sites.filter((site) => site.form === form).map((site) => site.violations));
 }
 
-function sum(numbers: readonly number[]): number {
+export function sum(numbers: readonly number[]): number {
   return numbers.reduce((total, number) => total + number, 0);
 }

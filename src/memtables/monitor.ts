@@ -36,8 +36,7 @@ export class Monitor {
   otherReads = 0;
   readonly cloakedReads = new Map<string, number>();
   readonly readers = new Map<Gva, number>();
-  /** Whether sites that cross the threshold are queued. */
-  relocating = false;
+  #relocating = false;
   #queue: Site[] = [];
   #writes: GuestWrite[] = [];
   /** A page that is cached may be out of date. */
@@ -51,6 +50,12 @@ export class Monitor {
     private readonly sites: SiteTable,
     private readonly threshold: number,
   ) {}
+
+  /** Whether sites that have crossed the threshold are queued; those that did so before are queued now. */
+  set relocating(enabled: boolean) {
+    this.#relocating = enabled;
+    for (const site of this.sites.all()) this.#queueIfHot(site);
+  }
 
   /** True when the next work step has something to do. */
   get hasWork(): boolean {
@@ -148,11 +153,14 @@ export class Monitor {
     if (site === undefined) return false;
     this.tableLoads++;
     site.hits++;
-    if (this.relocating && site.state === 'counted' && site.hits > this.threshold) {
-      site.state = 'queued';
-      this.#queue.push(site);
-    }
+    this.#queueIfHot(site);
     return true;
+  }
+
+  #queueIfHot(site: Site): void {
+    if (!this.#relocating || site.state !== 'counted' || site.hits <= this.threshold) return;
+    site.state = 'queued';
+    this.#queue.push(site);
   }
 
   #countReader(rip: Gva): void {

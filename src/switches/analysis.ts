@@ -127,7 +127,9 @@ class Interpreter implements TableReader {
     try {
       do {
         this.restart();
-        for (const root of this.code.roots) this.enter(root, State.unknown());
+        for (const root of this.code.roots) {
+          if (!this.tableStarts.has(root)) this.enter(root, State.unknown());
+        }
         this.settle();
         for (let rva = this.unreached(); rva !== undefined; rva = this.unreached()) {
           this.enter(rva, State.unknown());
@@ -149,8 +151,8 @@ class Interpreter implements TableReader {
   }
 
   /**
-   * A table is data: a call that stands before one does not return, and control does not fall into it. That
-   * is known only once the table's load was seen; then everything is looked at again.
+   * A table is data: a call that stands before one does not return, control does not fall into it, and it is no
+   * start of a leaf function. That is known only once the table's load was seen; then everything is looked at again.
    */
   private ranIntoTable(): boolean {
     const { loads, dispatches, instructions } = this.analysis;

@@ -70,8 +70,7 @@ export class EmbeddedGuest {
   /** Streams of the workload whose checksum is not what the model predicts. */
   wrongStreams(): unknown[] {
     return this.report().streams.filter(({ form, seed, count, checksum }) => {
-      const calls = this.artefacts.sites.calls.filter((call) => call.form === form);
-      return predictChecksum(calls, seed, count) !== checksum;
+      return predictChecksum(this.artefacts.sites.calls, form, seed, count) !== checksum;
     });
   }
 
