@@ -29,11 +29,10 @@ export class CloakMap<Owner> {
   /**
    * Hides the bytes of `cloak`, all on one frame; `cloaksOfChange` splits a longer range.
    *
-   * @returns true when it is the first of its frame, whose reads and writes have to be trapped from now on.
    * @throws MemtablesError `INVALID_ARGUMENT` when it is empty, crosses a page, overlaps another, or its bytes
    *   differ in length.
    */
-  hide(cloak: Cloak<Owner>): boolean {
+  hide(cloak: Cloak<Owner>): void {
     const { gpa, original, current } = cloak;
     const length = original.length;
     if (length === 0 || current.length !== length || pageOffset(gpa) + length > PAGE_SIZE) {
@@ -52,27 +51,16 @@ export class CloakMap<Owner> {
     const frame = this.#frames.get(gfnOf(gpa)) ?? [];
     const own = { ...cloak, original: Uint8Array.from(original), current: Uint8Array.from(current) };
     this.#frames.set(gfnOf(gpa), [...frame, own]);
-    return frame.length === 0;
   }
 
-  /**
-   * Forgets all cloaks of `owner`.
-   *
-   * @returns the frames that hold no cloak any more and need not be trapped for one.
-   */
-  reveal(owner: Owner): Gfn[] {
-    const released: Gfn[] = [];
+  /** Forgets all cloaks of `owner`. */
+  reveal(owner: Owner): void {
     for (const [gfn, cloaks] of [...this.#frames]) {
       const rest = cloaks.filter((cloak) => cloak.owner !== owner);
       if (rest.length === cloaks.length) continue;
-      if (rest.length > 0) {
-        this.#frames.set(gfn, rest);
-      } else {
-        this.#frames.delete(gfn);
-        released.push(gfn);
-      }
+      if (rest.length > 0) this.#frames.set(gfn, rest);
+      else this.#frames.delete(gfn);
     }
-    return released;
   }
 
   /** The cloaks of `owner`: write each one's `original` back to take the change out of the guest. */

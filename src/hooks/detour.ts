@@ -22,7 +22,7 @@ export interface DetourPlan {
 }
 
 export type DetourRefusal =
-  /** The function has fewer bytes than a jump. */
+  /** The function, or its way to its first return, has fewer bytes than a jump. */
   | 'too-short'
   /** Some of its bytes are no instruction, so that its branches are not known. */
   | 'undecodable'
@@ -53,7 +53,9 @@ export function planDetour(target: HookTarget, trampoline: Gva): DetourPlan | Re
   if (code === undefined) return { refused: 'undecodable' };
 
   const back = target.gva + BigInt(code.movedLength);
-  for (const { flow, operand } of code.moved) {
+  for (const { flow, operand, end } of code.moved) {
+    // What stands behind the way back to the caller may be padding, or another function.
+    if (flow === 'return') return { refused: end < JUMP_LENGTH ? 'too-short' : 'branch' };
     if (flow !== 'next') return { refused: flow };
     if (operand?.relativeTo === 'eip') return { refused: 'eip-relative-operand' };
   }

@@ -14,8 +14,8 @@ import { GPR_NAMES } from '../x86/registers.js';
 export interface MovedInstruction {
   /** The offset behind it. */
   readonly end: number;
-  /** How it goes on: to the instruction after it, with a call, or anywhere else. */
-  readonly flow: 'next' | 'call' | 'branch';
+  /** How it goes on: to the instruction after it, with a call, back to the caller, or anywhere else. */
+  readonly flow: 'next' | 'call' | 'return' | 'branch';
   /** Its memory operand, where that is relative to the instruction pointer. */
   readonly operand: RelativeOperand | undefined;
   /** Interrupts are held off until the instruction after it is done. */
@@ -128,6 +128,7 @@ function examine(instruction: Instruction, start: number): MovedInstruction {
 
 function flowOf(flow: FlowControl): MovedInstruction['flow'] {
   if (flow === FlowControl.Next) return 'next';
+  if (flow === FlowControl.Return) return 'return';
   return flow === FlowControl.Call || flow === FlowControl.IndirectCall ? 'call' : 'branch';
 }
 

@@ -34,7 +34,6 @@ export class Engine {
   readonly #hypervisor: Hypervisor;
   readonly #options: EngineOptions;
   readonly #cloaks = new CloakMap<AppliedPatch>();
-  readonly #instructions = new InstructionCache();
   readonly #sites = new SiteTable();
   readonly #slack: SlackAllocator;
   readonly #patcher: Patcher;
@@ -52,13 +51,14 @@ export class Engine {
     this.#slack = new SlackAllocator(
       findSlack(kernel.base, kernel.image.sections, (gva, length) => kernel.memory.read(gva, length)),
     );
-    this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks);
+    const instructions = new InstructionCache();
+    this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
     this.#monitor = new Monitor(
       hypervisor,
       kernel,
       this.#cloaks,
-      this.#instructions,
+      instructions,
       this.#sites,
       options.threshold,
     );
@@ -86,7 +86,6 @@ export class Engine {
    */
   hook(name: string): void {
     const hook = this.#hooks.place(name);
-    this.#forgetInstructions(hook);
     this.#options.report({
       type: 'hooked',
       name,
@@ -105,11 +104,22 @@ export class Engine {
     if (!this.#monitor.hasWork) return;
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
-      for (const site of this.#monitor.takeQueue()) {
-        const outcome = this.#relocator.relocate(site);
-        if (outcome.type === 'relocated') this.#forgetInstructions(site.redirection!);
-        this.#options.report(outcome);
-      }
+      this.#unloader.removeDisabled();
+      for (const site of this.#monitor.takeQueue()) this.#options.report(this.#relocator.relocate(site));
+    });
+  }
+
+  /**
+   * Stops relocating and restores every site; handlers stay, so that a thread inside one finishes normally. The first
+   * half of `unload`.
+   *
+   * @throws MemtablesError of the hypervisor or the journal
+   */
+  disable(): void {
+    this.#stopRelocating();
+    whileQuiescent(this.#hypervisor, () => {
+      this.#takeBackOverwritten();
+      this.#unloader.disable();
     });
   }
 
@@ -119,8 +129,7 @@ export class Engine {
    * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside for longer than the option allows
    */
   unload(): UnloadReport {
-    this.#monitor.relocating = false;
-    this.#monitor.takeQueue();
+    this.#stopRelocating();
     const report = this.#unloader.unload(
       this.#options.unloadSeconds,
       () => this.#takeBackOverwritten(),
@@ -162,7 +171,6 @@ export class Engine {
     }
     for (const redirection of retired) {
       this.#redirections.disable(redirection);
-      this.#forgetInstructions(redirection);
       for (const site of this.#sites.all()) {
         if (site.redirection !== redirection) continue;
         site.state = 'ignored';
@@ -172,9 +180,8 @@ export class Engine {
     }
   }
 
-  /** Another vCPU must not be answered by what stood there before. */
-  #forgetInstructions(redirection: Redirection): void {
-    this.#instructions.invalidate(redirection.at, redirection.length);
-    this.#instructions.invalidate(redirection.slack.gva, redirection.slack.size);
+  #stopRelocating(): void {
+    this.#monitor.relocating = false;
+    this.#monitor.takeQueue();
   }
 }

@@ -5,7 +5,7 @@ import { FunctionTable } from '../nt/pdata.js';
 import type { Section } from '../nt/pe.js';
 import { scanGuest } from '../safety/scan.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
-import { holdsStableCode } from '../slack/regions.js';
+import { instabilityOf } from '../slack/regions.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
@@ -58,7 +58,11 @@ export class Hooks {
     const bytes = this.readOriginal(target.gva, target.length);
     const plan = planDetour({ gva: target.gva, bytes, imageBase: this.kernel.base }, slack.gva);
     if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
-    const interior = interiorOf(target.gva, plan.entry.bytes.length, name);
+    const { length } = plan.entry.bytes;
+    if (this.redirections.overlapping(target.gva, length) !== undefined) {
+      throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
+    }
+    const interior = interiorOf(target.gva, length, name);
     if (scanGuest(this.hypervisor, this.kernel, [interior]).verdict !== 'safe') return undefined;
     return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
   }
@@ -77,8 +81,13 @@ export class Hooks {
     const { image } = this.kernel;
     const section = image.sectionAt(rva);
     if (section === undefined || !section.executable) throw refused(name, 'not-code', 'Name a function.');
-    if (!holdsStableCode(section)) {
-      throw refused(name, 'pageable', `Hook a function outside ${section.name}, which can be paged out.`);
+    const instability = instabilityOf(section);
+    if (instability !== undefined) {
+      throw refused(
+        name,
+        instability,
+        `Hook a function outside ${section.name}, whose code may not be changed.`,
+      );
     }
     const end = this.#endOf(name, rva, section);
     return { gva: this.kernel.base + BigInt(rva), length: end - rva };

@@ -1,7 +1,7 @@
 import type { CloakMap } from '../cloak/cloak-map.js';
 import { type ErrorCode, MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
-import { checkCandidate } from '../switches/candidate.js';
+import { checkCandidate, TABLE_ENTRY_SIZE } from '../switches/candidate.js';
 import { type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../x86/instruction.js';
@@ -65,19 +65,19 @@ export class Monitor {
   handle(violation: Violation): ViolationAnswer {
     this.violations++;
     const instruction = this.#instructionAt(violation.rip);
-    if (violation.write) this.#noteWrite(violation.gpa, instruction);
+    if (violation.write) this.#noteWrite(violation, instruction);
     if (!violation.read) return undefined;
 
+    if (this.sites.isRelocated(violation.rip)) {
+      // Its load was decoded before it was replaced; the hypervisor completes it as it was.
+      this.staleEvents++;
+      return this.#answer(violation.gpa, TABLE_ENTRY_SIZE);
+    }
     const access = instruction && memoryAccess(instruction, 'read');
     const answer = this.#answer(violation.gpa, access?.bytes);
     if (answer !== undefined) {
       increment(this.cloakedReads, access?.form ?? 'unknown');
       return answer;
-    }
-    if (this.sites.isRelocated(violation.rip)) {
-      // Its load was decoded before it was replaced; the hypervisor completes it as it was.
-      this.staleEvents++;
-      return undefined;
     }
     if (instruction === undefined || !this.#countTableLoad(instruction, violation)) {
       this.#countReader(violation.rip);
@@ -129,10 +129,11 @@ export class Monitor {
     return this.cloaks.answer(gpa, read, length);
   }
 
-  #noteWrite(gpa: Gpa, instruction: Instruction | undefined): void {
+  #noteWrite({ gva, gpa }: Violation, instruction: Instruction | undefined): void {
     this.#guestWrote = true;
     const length = instruction && memoryAccess(instruction, 'write').bytes;
     const reach = Math.min(length ?? PAGE_SIZE, PAGE_SIZE - pageOffset(gpa));
+    this.instructions.invalidate(gva, reach);
     if (!this.cloaks.touches(gpa, reach)) return;
     this.cloakedWrites++;
     if (this.#writes.length < MAX_PENDING_WRITES) this.#writes.push({ gpa, length });

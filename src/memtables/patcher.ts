@@ -3,9 +3,19 @@ import { cloaksOfChange } from '../cloak/pieces.js';
 import { MemtablesError } from '../errors.js';
 import type { Patch } from '../handlers/plan.js';
 import type { Journal } from '../journal/journal.js';
-import { type Gpa, type Gva, gfnOf, gpaOfFrame, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import {
+  type Gfn,
+  type Gpa,
+  type Gva,
+  gfnOf,
+  gpaOfFrame,
+  hex,
+  PAGE_SIZE,
+  pageOffset,
+} from '../vmi/address.js';
 import type { GuestMemory } from '../vmi/guest-memory.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
+import type { InstructionCache } from '../x86/instruction-cache.js';
 
 /** A change that is in the guest. Its identity is the owner of its cloaks. */
 export interface AppliedPatch {
@@ -21,11 +31,16 @@ export interface AppliedPatch {
  * trapped frames. To be used on a quiescent guest only.
  */
 export class Patcher {
+  /** Frames that are trapped, for as long as a cloak lies on them. */
+  readonly #trapped = new Set<Gfn>();
+
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly memory: GuestMemory,
     private readonly journal: Journal,
     private readonly cloaks: CloakMap<AppliedPatch>,
+    /** Forgets what was decoded where code changes: no vCPU must be answered by what stood there before. */
+    private readonly instructions: InstructionCache,
   ) {}
 
   /**
@@ -44,10 +59,11 @@ export class Patcher {
       for (const cloak of cloaks) {
         const { gpa, original: before, current: after } = cloak;
         applied.journalled.set(gpa, this.journal.record({ gpa, before, after, owner: label }));
-        const firstOnFrame = this.cloaks.hide(cloak);
-        if (firstOnFrame) this.hypervisor.trapAccess(gfnOf(gpa));
+        this.cloaks.hide(cloak);
+        this.#trap(gfnOf(gpa));
         this.hypervisor.writePhysical(gpa, after);
       }
+      this.instructions.invalidate(patch.gva, patch.bytes.length);
     } catch (error) {
       this.#rollBack(applied, error);
       throw error;
@@ -55,13 +71,19 @@ export class Patcher {
     return applied;
   }
 
-  /** Puts the original bytes back, those the guest has written itself included, and ends their hiding. */
+  /**
+   * Puts the original bytes back, those the guest has written itself included, and ends their hiding.
+   *
+   * @throws MemtablesError of the hypervisor or the journal; call it again then
+   */
   revert(applied: AppliedPatch): void {
+    this.instructions.invalidate(applied.patch.gva, applied.patch.bytes.length);
     for (const { gpa, original } of this.cloaks.cloaksOf(applied)) {
       this.hypervisor.writePhysical(gpa, original);
       this.#forget(applied, gpa);
     }
-    for (const gfn of this.cloaks.reveal(applied)) this.hypervisor.releaseAccess(gfn);
+    this.cloaks.reveal(applied);
+    this.#releaseUnneeded();
   }
 
   /** @throws MemtablesError `SLACK_EXHAUSTED` when the bytes are not all zero now */
@@ -113,6 +135,21 @@ export class Patcher {
       }
     }
     return overwritten;
+  }
+
+  #trap(gfn: Gfn): void {
+    if (this.#trapped.has(gfn)) return;
+    this.hypervisor.trapAccess(gfn);
+    this.#trapped.add(gfn);
+  }
+
+  #releaseUnneeded(): void {
+    const needed = new Set(this.cloaks.frames());
+    for (const gfn of this.#trapped) {
+      if (needed.has(gfn)) continue;
+      this.hypervisor.releaseAccess(gfn);
+      this.#trapped.delete(gfn);
+    }
   }
 
   #forget(applied: AppliedPatch, gpa: Gpa): void {

@@ -61,6 +61,21 @@ export class Redirections {
     return redirection;
   }
 
+  /** The redirection whose replaced code, or code of ours, has a byte in this range. */
+  overlapping(gva: Gva, length: number): Redirection | undefined {
+    const end = gva + BigInt(length);
+    return [...this.#all].find(
+      ({ at, length: replaced, slack }) =>
+        (gva < at + BigInt(replaced) && at < end) ||
+        (gva < slack.gva + BigInt(slack.size) && slack.gva < end),
+    );
+  }
+
+  /** Those whose replaced code has been put back: no thread enters their code any more. */
+  disabled(): Redirection[] {
+    return [...this.#all].filter(({ jump }) => jump === undefined);
+  }
+
   /** Puts the replaced code back; a thread inside our code finishes normally. */
   disable(redirection: Redirection): void {
     if (redirection.jump === undefined) return;

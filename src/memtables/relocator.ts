@@ -3,7 +3,7 @@ import { planSeedHandler, seedHandlerSize } from '../handlers/seed.js';
 import type { Kernel } from '../nt/kernel.js';
 import { FunctionTable } from '../nt/pdata.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
-import { holdsStableCode } from '../slack/regions.js';
+import { instabilityOf } from '../slack/regions.js';
 import { functionAt } from '../switches/functions.js';
 import { type ProvenSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
@@ -52,17 +52,21 @@ export class Relocator {
     const { kernel } = this;
     if (!kernel.contains(site.rip)) return 'load-outside-kernel';
     const rva = Number(site.rip - kernel.base);
+    const unstable = this.#instabilityAt(rva);
+    if (unstable !== undefined) return unstable;
     const proof = this.#recogniser.prove(rva);
     if (!proof.proven) return proof.reason;
     if (site.table !== kernel.base + BigInt(proof.table)) return 'another-table-was-read';
-    const places = [rva, proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
-    if (!places.every((place) => this.#staysMapped(place))) return 'section-not-resident';
+    const tables = [proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
+    const unstableTable = tables.map((table) => this.#instabilityAt(table)).find((why) => why !== undefined);
+    if (unstableTable !== undefined) return `table-${unstableTable}`;
+    if (this.redirections.overlapping(site.rip, proof.length) !== undefined) return 'overlaps-hook';
     return this.#isUnchanged(rva, proof) ? proof : 'code-has-changed';
   }
 
-  #staysMapped(rva: number): boolean {
+  #instabilityAt(rva: number): string | undefined {
     const section = this.kernel.image.sectionAt(rva);
-    return section !== undefined && holdsStableCode(section);
+    return section === undefined ? 'outside-sections' : instabilityOf(section);
   }
 
   /** Whether all that the proof rests on is in memory now as it was at discovery. */

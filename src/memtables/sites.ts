@@ -40,7 +40,8 @@ export class SiteTable {
 
   /** True when the instruction at `rip` is a jump of ours now. */
   isRelocated(rip: Gva): boolean {
-    for (const site of this.#byRip.get(rip)?.values() ?? []) if (site.state === 'relocated') return true;
+    const sites = this.#byRip.get(rip)?.values() ?? [];
+    for (const { redirection } of sites) if (redirection?.jump !== undefined) return true;
     return false;
   }
 

@@ -5,7 +5,7 @@ import { hex } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { letGuestRun } from './patience.js';
-import type { Redirection, Redirections } from './redirections.js';
+import type { Redirections } from './redirections.js';
 import type { UnloadReport } from './report.js';
 
 /** How long the guest runs between two scans: longer each time, up to a few time slices. */
@@ -66,14 +66,25 @@ export class Unloader {
     };
   }
 
-  /** Takes out the code of `retired` redirections, if nothing is inside it now; for a quiescent guest. */
-  removeRetired(retired: readonly Redirection[]): void {
-    if (this.#scan(this.redirections.codeRanges(retired)).verdict !== 'safe') return;
-    for (const redirection of retired) this.redirections.remove(redirection);
+  /** Restores every site and leaves the handlers: a thread inside one finishes normally. For a quiescent guest. */
+  disable(): void {
+    for (const relocation of this.redirections.ofKind('relocation')) this.redirections.disable(relocation);
+  }
+
+  /**
+   * Takes out the code of what was disabled earlier, and frees its slack, unless something is inside it now. For a
+   * quiescent guest.
+   */
+  removeDisabled(): void {
+    const disabled = this.redirections.disabled();
+    if (disabled.length === 0) return;
+    const ranges = this.redirections.codeRanges(disabled);
+    if (scanGuest(this.hypervisor, this.kernel, ranges).verdict !== 'safe') return;
+    for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
   #tryRemoveAll(): ScanResult | undefined {
-    for (const relocation of this.redirections.ofKind('relocation')) this.redirections.disable(relocation);
+    this.disable();
     const entries = this.redirections.entryRanges();
     const code = this.redirections.codeRanges(this.redirections.all());
     const result = this.#scan([...entries, ...code]);

@@ -9,26 +9,36 @@ export interface SlackRegion {
   readonly size: number;
 }
 
+/** Why code that is put into a section, or changed there, may not stay mapped and as it is while NT runs. */
+export type Instability =
+  | 'not-executable'
+  | 'writable'
+  | 'discardable'
+  | 'pageable'
+  /** Freed or overwritten once the kernel, or its debugger, has started. */
+  | 'initialisation-code'
+  /** Mapped under the user page table too (KVASCODE), where the rest of the image is not. */
+  | 'mapped-for-user-mode';
+
 /** NT pages sections out, and frees or overwrites them, by the start of their names; whatever their flags say. */
-const UNSTABLE_NAMES = ['PAGE', 'INIT'];
-/** Mapped under the user page table too, where the rest of the image is not. */
+const PAGEABLE_PREFIX = 'PAGE';
+const INITIALISATION_PREFIX = 'INIT';
 const SHADOW_SECTION = 'KVASCODE';
 
-/** True when code that is put into the section, or changed there, stays mapped and as it is while NT runs. */
-export function holdsStableCode(
+/** `undefined` when code can be changed in this section. */
+export function instabilityOf(
   section: Pick<Section, 'name' | 'executable' | 'writable' | 'discardable'>,
-): boolean {
-  return (
-    section.executable &&
-    !section.writable &&
-    !section.discardable &&
-    section.name !== SHADOW_SECTION &&
-    !UNSTABLE_NAMES.some((prefix) => section.name.startsWith(prefix))
-  );
+): Instability | undefined {
+  if (!section.executable) return 'not-executable';
+  if (section.writable) return 'writable';
+  if (section.discardable) return 'discardable';
+  if (section.name.startsWith(PAGEABLE_PREFIX)) return 'pageable';
+  if (section.name.startsWith(INITIALISATION_PREFIX)) return 'initialisation-code';
+  return section.name === SHADOW_SECTION ? 'mapped-for-user-mode' : undefined;
 }
 
 /**
- * The slack of an image loaded at `imageBase`: for each section that holds stable code, the zero-filled bytes
+ * The slack of an image loaded at `imageBase`: for each section whose code can be changed, the zero-filled bytes
  * at the very end of its last page, in the order of the sections.
  *
  * @param read returns guest memory; it is asked for bytes behind the sections' ends, on their last pages.
@@ -38,7 +48,8 @@ export function findSlack(
   sections: readonly Section[],
   read: (gva: Gva, length: number) => Uint8Array,
 ): SlackRegion[] {
-  return sections.filter(holdsStableCode).flatMap((section) => {
+  const stable = sections.filter((section) => instabilityOf(section) === undefined);
+  return stable.flatMap((section) => {
     const start = section.rva + section.virtualSize;
     const pageEnd = Math.ceil(start / PAGE_SIZE) * PAGE_SIZE;
     const laterSections = sections.map(({ rva }) => rva).filter((rva) => rva >= start);

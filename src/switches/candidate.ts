@@ -27,7 +27,8 @@ export type CandidateVerdict =
   | { readonly accepted: true }
   | { readonly accepted: false; readonly rule: number; readonly reason: CandidateRefusal };
 
-const TABLE_ENTRY_SIZE = 4;
+/** Bytes of an entry of the table that a candidate reads. */
+export const TABLE_ENTRY_SIZE = 4;
 /** E9 rel32, which replaces the load. */
 export const NEAR_JUMP_LENGTH = 5;
 

@@ -20,9 +20,12 @@ export function whileQuiescent<T>(hypervisor: Hypervisor, work: () => T): T {
     hypervisor.flushCaches();
     return work();
   } finally {
-    // What `work` has written is in no cache.
-    hypervisor.flushCaches();
-    hypervisor.resume();
+    try {
+      // What `work` has written is in no cache.
+      hypervisor.flushCaches();
+    } finally {
+      hypervisor.resume();
+    }
   }
 }
 

@@ -7,6 +7,7 @@ import { Journal } from '../../src/journal/journal.js';
 import { type AppliedPatch, Patcher } from '../../src/memtables/patcher.js';
 import { GuestMemory } from '../../src/vmi/guest-memory.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
+import { InstructionCache } from '../../src/x86/instruction-cache.js';
 import { failingHypervisor } from '../support/failing-hypervisor.js';
 
 /** Two pages of guest memory, neighbours by GVA, swapped by GPA. */
@@ -43,8 +44,10 @@ function setUp() {
   const guest = fakeHypervisor();
   const failing = failingHypervisor(guest.hypervisor);
   const cloaks = new CloakMap<AppliedPatch>();
-  const patcher = new Patcher(failing.hypervisor, new GuestMemory(failing.hypervisor, 0n), journal, cloaks);
-  return { ...guest, failing, cloaks, patcher };
+  const instructions = new InstructionCache();
+  const memory = new GuestMemory(failing.hypervisor, 0n);
+  const patcher = new Patcher(failing.hypervisor, memory, journal, cloaks, instructions);
+  return { ...guest, failing, cloaks, instructions, patcher };
 }
 
 describe('patcher', () => {
@@ -88,6 +91,42 @@ describe('patcher', () => {
     expect(failures).toBeGreaterThanOrEqual(8);
   });
 
+  test('a revert that failed half way succeeds the second time, and no frame stays trapped', () => {
+    let failures = 0;
+    for (let n = 1; ; n++) {
+      const { memory, trapped, cloaks, failing, patcher } = setUp();
+      const before = Buffer.from(memory);
+      const applied = patcher.apply('x', CROSSING);
+      failing.failAt(n);
+      let error: unknown;
+      try {
+        patcher.revert(applied);
+      } catch (thrown) {
+        error = thrown;
+      }
+      if (error === undefined) break;
+      failures++;
+      expect(error).toMatchObject({ code: 'HYPERVISOR_FAILED' });
+      patcher.revert(applied);
+      expect(memory).toEqual(before);
+      expect([...trapped]).toEqual([]);
+      expect(cloaks.frames()).toEqual([]);
+      expect(journal.outstanding).toBe(0);
+    }
+    // A write and a release for each of the two pages.
+    expect(failures).toBe(4);
+  });
+
+  test('what was decoded at changed bytes is forgotten when they change and when they change back', () => {
+    const { instructions, patcher } = setUp();
+    const decode = (bytes: number[]) => instructions.lookup(GVA, () => Uint8Array.from(bytes)).length;
+    expect(decode([0x8b, 0xc1])).toBe(2);
+    const applied = patcher.apply('x', { gva: GVA + 1n, bytes: Buffer.alloc(5, 0x90) });
+    expect(decode([0xe9, 1, 2, 3, 4])).toBe(5);
+    patcher.revert(applied);
+    expect(decode([0x8b, 0xc1])).toBe(2);
+  });
+
   test('a page keeps its trap while another patch on it is hidden', () => {
     const { trapped, patcher } = setUp();
     const first = patcher.apply('a', { gva: GVA, bytes: Buffer.alloc(4, 1) });
@@ -116,7 +155,8 @@ describe('patcher', () => {
     hypervisor.writePhysical = () => {
       throw new Error('gone');
     };
-    const patcher = new Patcher(hypervisor, new GuestMemory(hypervisor, 0n), journal, new CloakMap());
+    const memory = new GuestMemory(hypervisor, 0n);
+    const patcher = new Patcher(hypervisor, memory, journal, new CloakMap(), new InstructionCache());
     expect(() => patcher.apply('x', CROSSING)).toThrow(expect.objectContaining({ code: 'ROLLBACK_FAILED' }));
     expect(journal.outstanding).toBeGreaterThan(0);
   });

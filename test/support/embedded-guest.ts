@@ -13,8 +13,9 @@ import type { Machine } from '../../src/machine/machine.js';
 import { Engine } from '../../src/memtables/engine.js';
 import type { EngineEvent } from '../../src/memtables/report.js';
 import { discoverKernel, type Kernel } from '../../src/nt/kernel.js';
-import { PeImage } from '../../src/nt/pe.js';
+import { PeImage, type Section } from '../../src/nt/pe.js';
 import { loadProfile } from '../../src/nt/profile.js';
+import { PAGE_SIZE } from '../../src/vmi/address.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
 import { MachineHypervisor } from './machine-hypervisor.js';
@@ -42,13 +43,17 @@ export class EmbeddedGuest {
   static boot({ vcpus = 2, seed = 1 } = {}): EmbeddedGuest {
     const guest = new EmbeddedGuest(vcpus, seed);
     onTestFinished(() => guest.machine.close());
-    guest.machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
+    guest.startTimer();
     for (let run = 0; run < BOOT_RUNS; run++) {
       guest.machine.run(1000);
       const report = readGuestReport(guest.machine, guest.loaded);
       if (report !== undefined && report.integrity.sweeps > 0n) return guest;
     }
     throw new Error('the guest did not boot');
+  }
+
+  startTimer(): void {
+    this.machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
   }
 
   /** From now on nothing but `step` lets the guest run. */
@@ -74,6 +79,22 @@ export class EmbeddedGuest {
     });
   }
 
+  /** The section of the kernel image with this name. */
+  peSection(name: string): Section {
+    const section = PeImage.fromFile(this.artefacts.image).sections.find((each) => each.name === name);
+    if (section === undefined) throw new Error(`the guest has no section ${name}`);
+    return section;
+  }
+
+  /** Writes a byte to the end of the page behind each section, as anybody may: a tool finds no slack then. */
+  spoilSlack(): void {
+    for (const { rva, virtualSize } of PeImage.fromFile(this.artefacts.image).sections) {
+      const pageEnd = Math.ceil((rva + virtualSize) / PAGE_SIZE) * PAGE_SIZE;
+      const gpa = this.loaded.translate(this.loaded.kernelBase + BigInt(pageEnd - 1));
+      if (gpa !== undefined) this.machine.writePhysical(gpa, Buffer.from([1]));
+    }
+  }
+
   /** The kernel, found as the tool finds it. */
   discover(hypervisor: Hypervisor = this.hypervisor): Kernel {
     return whileQuiescent(hypervisor, () =>
@@ -91,7 +112,7 @@ export class EmbeddedGuest {
     const { hypervisor = this.hypervisor, threshold = 50, unloadSeconds = 20 } = options;
     const directory = mkdtempSync(join(tmpdir(), 'engine-'));
     onTestFinished(() => rmSync(directory, { recursive: true }));
-    const kernel = this.discover();
+    const kernel = this.discover(hypervisor);
     const journal = Journal.create(
       join(directory, 'journal'),
       { guest: 'embedded', kernelBase: kernel.base, pdb: 'x' },

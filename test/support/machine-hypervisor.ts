@@ -24,6 +24,9 @@ export class MachineHypervisor implements Hypervisor {
   readonly maxPhysicalAddress: Gpa;
   /** How the guest advances while `listen` waits; a test may put a schedule of its own here. */
   advance: Advance;
+  /** The first trap for which this holds is not answered before the test delivers it. */
+  holdBack: (trap: Trap) => boolean = () => false;
+  heldBack: Trap | undefined;
   readonly #machine: Machine;
   readonly #trapped = new Set<Gfn>();
   #handler: ViolationHandler | undefined;
@@ -97,7 +100,7 @@ export class MachineHypervisor implements Hypervisor {
     const end = performance.now() + timeoutMs;
     let handled = this.#answerAll();
     while (handled === 0 && this.#paused === 0 && performance.now() < end) {
-      this.#open.push(...this.advance(this.#machine));
+      this.#open.push(...this.advance(this.#machine).filter((trap) => !this.#heldBack(trap)));
       handled = this.#answerAll();
     }
     return handled;
@@ -106,6 +109,19 @@ export class MachineHypervisor implements Hypervisor {
   close(): void {
     this.#answerAll();
     for (const gfn of [...this.#trapped]) this.releaseAccess(gfn);
+  }
+
+  get trappedFrames(): Gfn[] {
+    return [...this.#trapped];
+  }
+
+  get paused(): boolean {
+    return this.#paused > 0;
+  }
+
+  #heldBack(trap: Trap): boolean {
+    if (this.heldBack === undefined && this.holdBack(trap)) this.heldBack = trap;
+    return trap === this.heldBack;
   }
 
   /** Takes the traps that the test itself has provoked. */

@@ -1,0 +1,69 @@
+import type { Engine } from '../../src/memtables/engine.js';
+import type { EngineEvent } from '../../src/memtables/report.js';
+import { EmbeddedGuest } from '../support/embedded-guest.js';
+
+export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
+
+const MOST_STEPS = 2_000_000;
+const STEPS_PER_TICK = 20_000;
+
+/** Lets guest and engine work until `done`, for a bounded number of listens. */
+export function serve(guest: EmbeddedGuest, engine: Engine, done: () => boolean, listens = 200_000): void {
+  for (let i = 0; i < listens; i++) {
+    if (done()) return;
+    guest.hypervisor.listen(1);
+    engine.work();
+  }
+  throw new Error('this took too long');
+}
+
+export function relocations(events: readonly EngineEvent[]): Relocated[] {
+  return events.filter((event): event is Relocated => event.type === 'relocated');
+}
+
+export function hookAll(guest: EmbeddedGuest, engine: Engine): void {
+  for (const name of guest.artefacts.sites.defaultHooks) engine.hook(`nt!${name}`);
+}
+
+/** A guest with every default hook and ten relocated loads; from now on it only runs as it is stepped. */
+export function relocatedGuest(options: { vcpus?: number; seed?: number; unloadSeconds?: number } = {}) {
+  const guest = EmbeddedGuest.boot(options);
+  const before = guest.image();
+  const attached = guest.attach({
+    threshold: 2,
+    ...(options.unloadSeconds === undefined ? {} : { unloadSeconds: options.unloadSeconds }),
+  });
+  hookAll(guest, attached.engine);
+  attached.engine.relocating = true;
+  serve(guest, attached.engine, () => relocations(attached.events).length >= 10);
+  attached.engine.relocating = false;
+  guest.stopTimer();
+  return { guest, before, ...attached };
+}
+
+/** The relocation whose handler holds `rip`. */
+export function handlerAt(events: readonly EngineEvent[], rip: bigint): Relocated | undefined {
+  return relocations(events).find(
+    ({ handler, handlerBytes }) => rip >= handler && rip < handler + BigInt(handlerBytes),
+  );
+}
+
+/** Runs one instruction, answering what it traps. */
+export function stepOnce(guest: EmbeddedGuest, vcpu: number): void {
+  const { trap } = guest.machine.step(vcpu, 1);
+  if (trap === undefined) return;
+  guest.hypervisor.deliver([trap]);
+  // A crossing access has further pieces.
+  while (guest.hypervisor.listen(0) > 0);
+}
+
+/** Steps, with a clock tick now and then, until the vCPU stands at a place that `find` knows. */
+export function stepInto<T>(guest: EmbeddedGuest, vcpu: number, find: (rip: bigint) => T | undefined): T {
+  for (let steps = 1; steps < MOST_STEPS; steps++) {
+    const found = find(guest.machine.registers(vcpu).rip);
+    if (found !== undefined) return found;
+    if (steps % STEPS_PER_TICK === 0) guest.tick(vcpu);
+    stepOnce(guest, vcpu);
+  }
+  throw new Error('the vCPU does not get there');
+}

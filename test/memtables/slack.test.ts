@@ -1,0 +1,45 @@
+import { expect, test } from 'vitest';
+import { EmbeddedGuest } from '../support/embedded-guest.js';
+import { hookAll, relocations, serve } from './relocated-guest.js';
+
+/** Leaves this much slack at the end of .text, and none anywhere else. */
+function guestWithSlack(bytes: number) {
+  const guest = EmbeddedGuest.boot({ seed: 51 });
+  guest.spoilSlack();
+  const { rva, virtualSize } = guest.peSection('.text');
+  const pageEnd = Math.ceil((rva + virtualSize) / 4096) * 4096;
+  const gpa = guest.loaded.translate(guest.loaded.kernelBase + BigInt(pageEnd - bytes - 1))!;
+  guest.machine.writePhysical(gpa, Buffer.concat([Buffer.from([1]), Buffer.alloc(bytes)]));
+  return guest;
+}
+
+test('loads that find no slack stay where they are, with the reason; the others are relocated', () => {
+  const guest = guestWithSlack(700);
+  const before = guest.image();
+  const { engine, events } = guest.attach({ threshold: 2 });
+  hookAll(guest, engine);
+  engine.relocating = true;
+  serve(guest, engine, () => (engine.statistics().refused['no-slack'] ?? 0) > 10);
+  expect(relocations(events).length).toBeGreaterThan(0);
+  expect(engine.statistics().slack.free).toBeLessThan(700);
+  engine.unload();
+  expect(guest.wrongStreams()).toEqual([]);
+  expect(guest.image()).toBe(before);
+});
+
+test('slack that somebody has used since is not written over', () => {
+  const guest = guestWithSlack(400);
+  const { engine, kernel, events } = guest.attach({ threshold: 2 });
+  const { rva, virtualSize } = guest.peSection('.text');
+  const pageEnd = Math.ceil((rva + virtualSize) / 4096) * 4096;
+  const used = kernel.base + BigInt(pageEnd - 1);
+  guest.machine.writePhysical(guest.loaded.translate(used)!, Buffer.from([0x42]));
+  const before = guest.image();
+  hookAll(guest, engine);
+  engine.relocating = true;
+  serve(guest, engine, () => (engine.statistics().refused['slack-in-use'] ?? 0) > 0);
+  expect(kernel.memory.readU8(used)).toBe(0x42);
+  engine.unload();
+  expect(guest.image()).toBe(before);
+  expect(relocations(events).every(({ handler }) => handler < used)).toBe(true);
+});
