@@ -48,9 +48,8 @@ export class Engine {
   constructor(hypervisor: Hypervisor, kernel: Kernel, journal: Journal, options: EngineOptions) {
     this.#hypervisor = hypervisor;
     this.#options = options;
-    this.#slack = new SlackAllocator(
-      findSlack(kernel.base, kernel.image.sections, (gva, length) => kernel.memory.read(gva, length)),
-    );
+    const read = (gva: Gva, length: number) => kernel.memory.read(gva, length);
+    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image.sections, read), read);
     const instructions = new InstructionCache();
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
     this.#redirections = new Redirections(this.#patcher, this.#slack);

@@ -39,18 +39,24 @@ export class Hooks {
    */
   place(name: string): Redirection {
     const target = this.#locate(name);
-    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
-    try {
-      for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
-        const hook = whileQuiescent(this.hypervisor, () => this.#tryPlace(name, target, slack));
-        if (hook !== undefined) return hook;
-        letGuestRun(this.hypervisor, PAUSE_MS);
-      }
-      throw refused(name, 'in-use', 'Try again: threads kept standing in its first instructions.');
-    } catch (error) {
-      this.slack.free(slack);
-      throw error;
+    for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+      const hook = whileQuiescent(this.hypervisor, () => this.#attempt(name, target));
+      if (hook !== undefined) return hook;
+      letGuestRun(this.hypervisor, PAUSE_MS);
     }
+    throw refused(name, 'in-use', 'Try again: threads kept standing in its first instructions.');
+  }
+
+  /** Gives the slack back unless the trampoline is in it. */
+  #attempt(name: string, target: { gva: Gva; length: number }): Redirection | undefined {
+    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
+    let hook: Redirection | undefined;
+    try {
+      hook = this.#tryPlace(name, target, slack);
+    } finally {
+      if (hook === undefined) this.slack.free(slack);
+    }
+    return hook;
   }
 
   /** `undefined` when a thread stands in the bytes that would be replaced. */

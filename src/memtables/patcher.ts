@@ -86,15 +86,6 @@ export class Patcher {
     this.#releaseUnneeded();
   }
 
-  /** @throws MemtablesError `SLACK_EXHAUSTED` when the bytes are not all zero now */
-  assertEmpty(gva: Gva, length: number): void {
-    if (this.memory.read(gva, length).every((byte) => byte === 0)) return;
-    throw new MemtablesError('SLACK_EXHAUSTED', `the slack at ${hex(gva)} has been used by something else`, {
-      remedy: 'Attach again: slack is looked for at attach.',
-      context: { gva, length },
-    });
-  }
-
   /** What the guest's own code sees at a virtual address: memory, with all of our changes hidden. */
   readOriginal(gva: Gva, length: number): Uint8Array {
     const bytes = Buffer.alloc(length);

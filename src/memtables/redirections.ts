@@ -38,7 +38,7 @@ export class Redirections {
   /**
    * Writes the code, then the jump to it; either both are in the guest afterwards or none.
    *
-   * @throws MemtablesError `SLACK_EXHAUSTED` when somebody else has used that slack, or of the hypervisor or journal
+   * @throws MemtablesError of the hypervisor or the journal
    */
   install(
     kind: Redirection['kind'],
@@ -46,7 +46,6 @@ export class Redirections {
     patches: { readonly code: Patch; readonly jump: Patch },
     slack: SlackBlock,
   ): Redirection {
-    this.patcher.assertEmpty(slack.gva, slack.size);
     const code = this.patcher.apply(`code of ${label}`, patches.code);
     let jump: AppliedPatch;
     try {

@@ -42,9 +42,7 @@ export class Relocator {
     if (typeof proof === 'string') return ignore(site, proof);
     const slack = this.#allocate(proof.entries);
     if (slack === undefined) return ignore(site, 'no-slack');
-    const installed = this.#install(site, proof, slack);
-    if (typeof installed === 'string') return ignore(site, installed);
-    return installed;
+    return this.#install(site, proof, slack);
   }
 
   /** What is proven about the site, or why it stays where it is. */
@@ -92,7 +90,7 @@ export class Relocator {
   }
 
   /** Gives the slack back unless the handler is in it. */
-  #install(site: Site, proof: ProvenSwitch, slack: SlackBlock): Outcome | string {
+  #install(site: Site, proof: ProvenSwitch, slack: SlackBlock): Outcome {
     const load = {
       ...LOAD_BITS,
       gva: site.rip,
@@ -103,13 +101,10 @@ export class Relocator {
     };
     try {
       const plan = planSeedHandler(load, Uint32Array.from(proof.values), slack.gva);
-      if (plan.refused !== undefined) return plan.refused;
+      if (plan.refused !== undefined) return ignore(site, plan.refused);
       const label = `${proof.form} load at ${hex(site.rip)}`;
       const patches = { code: plan.handler, jump: plan.site };
       site.redirection = this.redirections.install('relocation', label, patches, slack);
-    } catch (error) {
-      if (error instanceof MemtablesError && error.code === 'SLACK_EXHAUSTED') return 'slack-in-use';
-      throw error;
     } finally {
       if (site.redirection === undefined) this.slack.free(slack);
     }

@@ -5,24 +5,33 @@ import type { SlackRegion } from './regions.js';
 /** Slack in use; give the same object back to `free`. */
 export type SlackBlock = SlackRegion;
 
-/** Hands out slack: first fit, in the order of the regions; freed space is joined with its neighbours. */
+/**
+ * Hands out slack: first fit, in the order of the regions; freed space is joined with its neighbours. Slack belongs to
+ * nobody: what something else has used meanwhile is never handed out.
+ */
 export class SlackAllocator {
   /** Size of all slack, used or not. */
   readonly bytes: number;
   readonly #regions: readonly Region[];
   readonly #used = new Map<SlackBlock, Region>();
 
-  /** @param regions must not overlap; those of `findSlack` do not. */
-  constructor(regions: readonly SlackRegion[]) {
+  /**
+   * @param regions must not overlap; those of `findSlack` do not.
+   * @param read returns guest memory as it is
+   */
+  constructor(
+    regions: readonly SlackRegion[],
+    private readonly read: (gva: Gva, length: number) => Uint8Array,
+  ) {
     this.bytes = totalSize(regions);
     this.#regions = regions.map((region) => ({ holes: [region] }));
   }
 
   /**
-   * Reserves `size` contiguous bytes; nothing is written.
+   * Reserves `size` contiguous bytes, all of them zero now; nothing is written.
    *
-   * @throws MemtablesError `SLACK_EXHAUSTED` when no hole is large enough, with all holes in the context, or
-   *   `INVALID_ARGUMENT` for a size that is no positive integer.
+   * @throws MemtablesError `SLACK_EXHAUSTED` when no hole is large enough, with all holes in the context,
+   *   `INVALID_ARGUMENT` for a size that is no positive integer, or what `read` throws.
    */
   allocate(size: number): SlackBlock {
     if (!Number.isSafeInteger(size) || size <= 0) {
@@ -32,14 +41,13 @@ export class SlackAllocator {
       });
     }
     for (const region of this.#regions) {
-      const at = region.holes.findIndex((hole) => hole.size >= size);
-      const hole = region.holes[at];
-      if (hole === undefined) continue;
-      const block = { section: hole.section, gva: hole.gva, size };
-      const rest = { section: hole.section, gva: endOf(block), size: hole.size - size };
-      region.holes.splice(at, 1, ...(rest.size > 0 ? [rest] : []));
-      this.#used.set(block, region);
-      return block;
+      for (let block = take(region, size); block !== undefined; block = take(region, size)) {
+        // Otherwise it is lost.
+        if (this.read(block.gva, size).every((byte) => byte === 0)) {
+          this.#used.set(block, region);
+          return block;
+        }
+      }
     }
     throw new MemtablesError('SLACK_EXHAUSTED', `no hole of ${size} bytes is left in the image's slack`, {
       remedy: 'Relocate fewer or smaller tables, or place fewer hooks.',
@@ -77,6 +85,17 @@ export class SlackAllocator {
 /** What is free of one region of slack, by address; no two holes touch. */
 interface Region {
   holes: SlackRegion[];
+}
+
+/** Cuts a block off the first hole that is large enough. */
+function take(region: Region, size: number): SlackBlock | undefined {
+  const at = region.holes.findIndex((hole) => hole.size >= size);
+  const hole = region.holes[at];
+  if (hole === undefined) return undefined;
+  const block = { section: hole.section, gva: hole.gva, size };
+  const rest = { section: hole.section, gva: endOf(block), size: hole.size - size };
+  region.holes.splice(at, 1, ...(rest.size > 0 ? [rest] : []));
+  return block;
 }
 
 function joined(holes: readonly SlackRegion[]): SlackRegion[] {

@@ -9,6 +9,7 @@ import { failingHypervisor } from '../support/failing-hypervisor.js';
 import {
   handlerAt,
   hookAll,
+  preemptAt,
   relocatedGuest,
   relocations,
   serve,
@@ -179,11 +180,8 @@ describe('engine on the embedded guest', () => {
   });
 
   test('a thread preempted inside a handler blocks unload until it has run on', () => {
-    const { guest, before, engine, events } = relocatedGuest({ vcpus: 1 });
-    stepInto(guest, 0, (rip) => handlerAt(events, rip));
-    guest.tick(0);
-    // The interrupt is taken, and the scheduler picks another thread.
-    for (let i = 0; i < 20_000; i++) stepOnce(guest, 0);
+    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1 });
+    preemptAt(guest, kernel, 0, (rip) => handlerAt(events, rip));
     expect(handlerAt(events, guest.machine.registers(0).rip)).toBeUndefined();
     let listens = 0;
     guest.hypervisor.advance = () => {

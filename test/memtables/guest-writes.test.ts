@@ -74,7 +74,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     expect(guest.report().bugCheck).toBeUndefined();
   });
 
-  test('of a byte that differs: it stays, as the guest's own', () => {
+  test('with a byte that differs: it stays, it is what the guest wanted', () => {
     const { guest, store, engine, kernel, events } = guestThatWrites();
     const { site } = relocations(events).at(-1)!;
     const original = kernel.image.read(Number(site - kernel.base), 7);

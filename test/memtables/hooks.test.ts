@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { relocations, serve, stepInto, stepOnce } from './relocated-guest.js';
+import { preemptAt, relocations, serve, stepInto, stepOnce } from './relocated-guest.js';
 
 const NAME = 'NtCreateFile';
 /** The first instruction has four bytes: a jump covers the second one too. */
@@ -106,22 +106,9 @@ describe('a hook is placed only when nothing stands in the bytes it replaces', (
 
   test('it waits for the thread that was preempted inside them', () => {
     const { guest, interior, engine, kernel } = guestInsideTarget();
-    guest.tick(0);
-    // The interrupt is taken, and another thread runs.
-    for (let i = 0; i < 5_000; i++) stepOnce(guest, 0);
-    guest.hypervisor.advance = () => {
-      for (let i = 0; i < 100; i++) stepOnce(guest, 0);
-      return [];
-    };
-    let placed = false;
-    try {
-      engine.hook(`nt!${NAME}`);
-      placed = true;
-    } catch (error) {
-      expect(error).toEqual(refusal('in-use'));
-    }
-    // Without a tick the other thread keeps the processor.
-    expect(placed).toBe(false);
+    preemptAt(guest, kernel, 0, (rip) => (rip === interior ? rip : undefined));
+    guest.hypervisor.advance = () => [];
+    expect(() => engine.hook(`nt!${NAME}`)).toThrow(refusal('in-use'));
     expect(kernel.memory.readU8(interior - INTERIOR)).not.toBe(0xe9);
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
     guest.startTimer();

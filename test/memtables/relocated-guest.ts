@@ -1,11 +1,16 @@
 import type { Engine } from '../../src/memtables/engine.js';
 import type { EngineEvent } from '../../src/memtables/report.js';
+import type { Kernel } from '../../src/nt/kernel.js';
+import { findProcessor } from '../../src/nt/processors.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
 
 const MOST_STEPS = 2_000_000;
 const STEPS_PER_TICK = 20_000;
+/** Enough for an interrupt, a DPC and a context switch. */
+const STEPS_TO_SWITCH = 5000;
+const MOST_TRIES = 100;
 
 /** Lets guest and engine work until `done`, for a bounded number of listens. */
 export function serve(guest: EmbeddedGuest, engine: Engine, done: () => boolean, listens = 200_000): void {
@@ -66,4 +71,27 @@ export function stepInto<T>(guest: EmbeddedGuest, vcpu: number, find: (rip: bigi
     stepOnce(guest, vcpu);
   }
   throw new Error('the vCPU does not get there');
+}
+
+/** Lets the clock interrupt the vCPU at such a place, until that makes the scheduler pick another thread. */
+export function preemptAt(
+  guest: EmbeddedGuest,
+  kernel: Kernel,
+  vcpu: number,
+  find: (rip: bigint) => unknown,
+): void {
+  const currentThread = () => findProcessor(kernel, vcpu, guest.machine.registers(vcpu))!.currentThread;
+  for (let tries = 0; tries < MOST_TRIES; tries++) {
+    stepInto(guest, vcpu, find);
+    const thread = currentThread();
+    guest.tick(vcpu);
+    for (let steps = 0; steps < STEPS_TO_SWITCH; steps++) {
+      stepOnce(guest, vcpu);
+      if (currentThread() === thread) continue;
+      // Out of the scheduler too.
+      for (let more = 0; more < STEPS_TO_SWITCH / 10; more++) stepOnce(guest, vcpu);
+      return;
+    }
+  }
+  throw new Error('the thread is never preempted there');
 }

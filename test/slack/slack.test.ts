@@ -65,6 +65,8 @@ describe('findSlack', () => {
   });
 });
 
+const zeros = (_gva: Gva, length: number) => new Uint8Array(length);
+
 describe('SlackAllocator', () => {
   const regions: SlackRegion[] = [
     { section: 'A', gva: BASE, size: 100 },
@@ -72,7 +74,7 @@ describe('SlackAllocator', () => {
   ];
 
   it('takes the first section with room', () => {
-    const slack = new SlackAllocator(regions);
+    const slack = new SlackAllocator(regions, zeros);
     expect(slack.allocate(60)).toEqual({ section: 'A', gva: BASE, size: 60 });
     expect(slack.allocate(60)).toEqual({ section: 'B', gva: BASE + 0x1000n, size: 60 });
     expect(slack.allocate(40)).toEqual({ section: 'A', gva: BASE + 60n, size: 40 });
@@ -81,7 +83,7 @@ describe('SlackAllocator', () => {
   });
 
   it('says what is free when nothing fits, and has reserved nothing', () => {
-    const slack = new SlackAllocator(regions);
+    const slack = new SlackAllocator(regions, zeros);
     slack.allocate(250);
     expect(() => slack.allocate(101)).toThrow(
       expect.objectContaining({
@@ -100,13 +102,13 @@ describe('SlackAllocator', () => {
   });
 
   it.each([0, -1, 1.5, Number.NaN])('a size of %s is refused', (size) => {
-    expect(() => new SlackAllocator(regions).allocate(size)).toThrow(
+    expect(() => new SlackAllocator(regions, zeros).allocate(size)).toThrow(
       expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
     );
   });
 
   it('a block is freed once, and only a block of its own', () => {
-    const slack = new SlackAllocator(regions);
+    const slack = new SlackAllocator(regions, zeros);
     const block = slack.allocate(10);
     expect(() => slack.free({ ...block })).toThrow(expect.objectContaining({ code: 'INVALID_ARGUMENT' }));
     slack.free(block);
@@ -114,12 +116,26 @@ describe('SlackAllocator', () => {
     expect(slack.freeMap).toEqual(regions);
   });
 
+  it('never hands out bytes that are in use by now, nor joins them to others', () => {
+    const used = BASE + 0x1000n + 70n;
+    const slack = new SlackAllocator(regions, (gva, length) =>
+      Uint8Array.from({ length }, (_, i) => (gva + BigInt(i) === used ? 1 : 0)),
+    );
+    const first = slack.allocate(90);
+    expect(first.section).toBe('A');
+    const second = slack.allocate(90);
+    expect(second.gva).toBe(BASE + 0x1000n + 90n);
+    slack.free(second);
+    expect(slack.allocate(200).gva).toBe(BASE + 0x1000n + 90n);
+    expect(() => slack.allocate(90)).toThrow(expect.objectContaining({ code: 'SLACK_EXHAUSTED' }));
+  });
+
   it('does not join regions that touch: they belong to different sections', () => {
     const touching = [
       { section: 'A', gva: BASE, size: 16 },
       { section: 'B', gva: BASE + 16n, size: 16 },
     ];
-    const slack = new SlackAllocator(touching);
+    const slack = new SlackAllocator(touching, zeros);
     slack.free(slack.allocate(16));
     expect(slack.freeMap).toEqual(touching);
     expect(() => slack.allocate(17)).toThrow(expect.objectContaining({ code: 'SLACK_EXHAUSTED' }));
@@ -132,7 +148,7 @@ describe('SlackAllocator', () => {
     );
     fc.assert(
       fc.property(fc.array(request, { maxLength: 60 }), (requests) => {
-        const slack = new SlackAllocator(regions);
+        const slack = new SlackAllocator(regions, zeros);
         const blocks: SlackBlock[] = [];
         for (const each of requests) {
           if ('free' in each) {
