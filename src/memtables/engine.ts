@@ -3,6 +3,7 @@ import type { Journal } from '../journal/journal.js';
 import type { Kernel } from '../nt/kernel.js';
 import { SlackAllocator } from '../slack/allocator.js';
 import { findSlack } from '../slack/regions.js';
+import type { ProvenSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
@@ -13,7 +14,7 @@ import { type AppliedPatch, Patcher } from './patcher.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
-import { SiteTable } from './sites.js';
+import { type Site, SiteTable } from './sites.js';
 import { Unloader } from './unloader.js';
 
 export interface EngineOptions {
@@ -101,10 +102,16 @@ export class Engine {
    */
   work(): void {
     if (!this.#monitor.hasWork) return;
+    const proven: { readonly site: Site; readonly proof: ProvenSwitch }[] = [];
+    for (const site of this.#monitor.takeQueue()) {
+      const proof = this.#relocator.prove(site);
+      if ('type' in proof) this.#options.report(proof);
+      else proven.push({ site, proof });
+    }
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
       this.#unloader.removeDisabled();
-      for (const site of this.#monitor.takeQueue()) this.#options.report(this.#relocator.relocate(site));
+      for (const { site, proof } of proven) this.#options.report(this.#relocator.relocate(site, proof));
     });
   }
 

@@ -33,20 +33,29 @@ export class Relocator {
   }
 
   /**
+   * What is proven about `site` from the image as it was at discovery; otherwise marks it as ignored and says why.
+   * Takes its time and needs no pause.
+   */
+  prove(site: Site): ProvenSwitch | Outcome {
+    const proof = this.#proofOf(site);
+    return typeof proof === 'string' ? ignore(site, proof) : proof;
+  }
+
+  /**
    * Relocates `site`, or marks it as ignored with the reason. For a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
-  relocate(site: Site): Outcome {
-    const proof = this.#prove(site);
-    if (typeof proof === 'string') return ignore(site, proof);
+  relocate(site: Site, proof: ProvenSwitch): Outcome {
+    if (this.redirections.overlapping(site.rip, proof.length) !== undefined)
+      return ignore(site, 'overlaps-hook');
+    if (!this.#isUnchanged(proof)) return ignore(site, 'code-has-changed');
     const slack = this.#allocate(proof.entries);
     if (slack === undefined) return ignore(site, 'no-slack');
     return this.#install(site, proof, slack);
   }
 
-  /** What is proven about the site, or why it stays where it is. */
-  #prove(site: Site): ProvenSwitch | string {
+  #proofOf(site: Site): ProvenSwitch | string {
     const { kernel } = this;
     if (!kernel.contains(site.rip)) return 'load-outside-kernel';
     const rva = Number(site.rip - kernel.base);
@@ -57,9 +66,7 @@ export class Relocator {
     if (site.table !== kernel.base + BigInt(proof.table)) return 'another-table-was-read';
     const tables = [proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
     const unstableTable = tables.map((table) => this.#instabilityAt(table)).find((why) => why !== undefined);
-    if (unstableTable !== undefined) return `table-${unstableTable}`;
-    if (this.redirections.overlapping(site.rip, proof.length) !== undefined) return 'overlaps-hook';
-    return this.#isUnchanged(rva, proof) ? proof : 'code-has-changed';
+    return unstableTable === undefined ? proof : `table-${unstableTable}`;
   }
 
   #instabilityAt(rva: number): string | undefined {
@@ -68,7 +75,7 @@ export class Relocator {
   }
 
   /** Whether all that the proof rests on is in memory now as it was at discovery. */
-  #isUnchanged(rva: number, { table, entries, byteTable }: ProvenSwitch): boolean {
+  #isUnchanged({ rva, table, entries, byteTable }: ProvenSwitch): boolean {
     const code = functionAt(this.kernel.image, this.#functions, rva)!.ranges;
     const ranges = [...code, { begin: table, end: table + entries * ENTRY_BYTES }];
     if (byteTable !== undefined) {
