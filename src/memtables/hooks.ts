@@ -69,7 +69,9 @@ export class Hooks {
       throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
     }
     const interior = interiorOf(target.gva, length, name);
-    if (scanGuest(this.hypervisor, this.kernel, [interior]).verdict !== 'safe') return undefined;
+    const { findings, unsettled } = scanGuest(this.hypervisor, this.kernel, [interior]);
+    // The replaced bytes hold no call, so that nothing but a RIP leads into them.
+    if (unsettled.length > 0 || findings.some(({ isRip }) => isRip)) return undefined;
     return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
   }
 

@@ -11,6 +11,12 @@ import type { UnloadReport } from './report.js';
 /** How long the guest runs between two scans: longer each time, up to a few time slices. */
 const FIRST_PAUSE_MS = 5;
 const LONGEST_PAUSE_MS = 200;
+/**
+ * Any value inside our code blocks, as it may belong to a context that somebody is about to restore. But our code
+ * calls nothing: what still lies on a stack after this long without being a RIP is left over, or a pointer of
+ * something that reads the image, and may stay there for as long as its thread waits.
+ */
+const LEFT_OVER_AFTER_MS = 1000;
 /** How many places a message names. */
 const MAX_PLACES = 5;
 
@@ -37,9 +43,10 @@ export class Unloader {
     const started = performance.now();
     let pause = FIRST_PAUSE_MS;
     for (;;) {
+      const patient = performance.now() - started < LEFT_OVER_AFTER_MS;
       const obstacles = whileQuiescent(this.hypervisor, () => {
         prepare();
-        return this.#tryRemoveAll();
+        return this.#tryRemoveAll(patient);
       });
       if (obstacles === undefined) break;
       const places = describeObstacles(obstacles);
@@ -83,30 +90,32 @@ export class Unloader {
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
-  #tryRemoveAll(): ScanResult | undefined {
+  /** Returns what stands in the way, if anything does. */
+  #tryRemoveAll(patient: boolean): Obstacles | undefined {
     this.disable();
     const entries = this.redirections.entryRanges();
     const code = this.redirections.codeRanges(this.redirections.all());
-    const result = this.#scan([...entries, ...code]);
-    const occupied = new Set(result.findings.map(({ range }) => range));
-    if (result.unsettled.length === 0 && !entries.some((range) => occupied.has(range))) {
+    const scan = scanGuest(this.hypervisor, this.kernel, [...entries, ...code]);
+    const { unsettled } = scan;
+    const findings = scan.findings.filter(({ isRip }) => isRip || patient);
+    this.#scans++;
+    this.#inHandlers += findings.length;
+    const occupied = new Set(findings.map(({ range }) => range));
+    if (unsettled.length === 0 && !entries.some((range) => occupied.has(range))) {
       for (const hook of this.redirections.ofKind('hook')) this.redirections.disable(hook);
     }
-    if (result.verdict !== 'safe') return result;
+    if (findings.length > 0 || unsettled.length > 0) {
+      this.#blocked++;
+      return { findings, unsettled };
+    }
     for (const redirection of this.redirections.all()) this.redirections.remove(redirection);
     return undefined;
   }
-
-  #scan(ranges: Parameters<typeof scanGuest>[2]): ScanResult {
-    const result = scanGuest(this.hypervisor, this.kernel, ranges);
-    this.#scans++;
-    if (result.verdict !== 'safe') this.#blocked++;
-    this.#inHandlers += result.findings.length;
-    return result;
-  }
 }
 
-function describeObstacles({ findings, unsettled }: ScanResult): string[] {
+type Obstacles = Pick<ScanResult, 'findings' | 'unsettled'>;
+
+function describeObstacles({ findings, unsettled }: Obstacles): string[] {
   const places = [...findings.map(describeFinding), ...unsettled];
   const more = places.length - MAX_PLACES;
   return more > 0 ? [...places.slice(0, MAX_PLACES), `and ${more} more`] : places;

@@ -13,6 +13,7 @@ import {
 import { type Gva, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { inUserMode, type Registers } from '../x86/registers.js';
+import { isMachineFrame } from './machine-frame.js';
 import { type LiveRange, RangeSet } from './ranges.js';
 import { type LiveStack, liveAbove, liveStacks, type StackKind } from './stacks.js';
 
@@ -26,7 +27,9 @@ export interface Finding {
   readonly kind: 'vcpu-rip' | StackKind;
   readonly value: Gva;
   readonly range: LiveRange;
-  /** Where on the stack the value lies; absent for a RIP. */
+  /** It is a RIP, of a vCPU or in a machine frame; otherwise a value that may be anything, data too. */
+  readonly isRip: boolean;
+  /** Where on the stack the value lies; absent for a vCPU's RIP. */
   readonly where?: Gva;
   /** The vCPU whose RIP or stack it is; absent for a thread that does not run. */
   readonly vcpu?: number;
@@ -103,7 +106,8 @@ class Scan {
       if (!isActive(registers)) continue;
       if (!inUserMode(registers)) {
         const range = this.ranges.find(registers.rip);
-        if (range !== undefined) this.report({ kind: 'vcpu-rip', value: registers.rip, range, vcpu });
+        if (range !== undefined)
+          this.report({ kind: 'vcpu-rip', value: registers.rip, range, isRip: true, vcpu });
       }
       const processor = findProcessor(this.kernel, vcpu, registers);
       if (processor === undefined) {
@@ -165,11 +169,13 @@ class Scan {
         return;
       }
       this.ranges.scan(bytes, (offset, value, range) => {
+        const where = at + BigInt(offset);
         this.report({
           kind,
           value,
           range,
-          where: at + BigInt(offset),
+          isRip: this.isRip(where),
+          where,
           ...(vcpu === undefined ? {} : { vcpu }),
           ...(thread === undefined ? {} : { thread }),
         });
@@ -181,16 +187,24 @@ class Scan {
   }
 
   private readPage(gva: Gva, length: number): Buffer | undefined {
-    try {
-      return this.kernel.memory.read(gva, length);
-    } catch (error) {
-      if (error instanceof MemtablesError && error.code === 'GUEST_MEMORY_UNMAPPED') return undefined;
-      throw error;
-    }
+    return unlessUnmapped(() => this.kernel.memory.read(gva, length));
+  }
+
+  private isRip(where: Gva): boolean {
+    return unlessUnmapped(() => isMachineFrame(this.kernel.memory, where)) ?? true;
   }
 
   private report(finding: Finding): void {
     if (this.findings.length < MAX_FINDINGS) this.findings.push(finding);
+  }
+}
+
+function unlessUnmapped<T>(read: () => T): T | undefined {
+  try {
+    return read();
+  } catch (error) {
+    if (error instanceof MemtablesError && error.code === 'GUEST_MEMORY_UNMAPPED') return undefined;
+    throw error;
   }
 }
 

@@ -1,5 +1,8 @@
 import { describe, expect, test } from 'vitest';
 import type { RefusalHazard } from '../../src/guest/artefacts.js';
+import { processes } from '../../src/nt/processes.js';
+import { findProcessor } from '../../src/nt/processors.js';
+import { threads } from '../../src/nt/threads.js';
 import { scanGuest } from '../../src/safety/scan.js';
 import { gfnOf } from '../../src/vmi/address.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
@@ -16,6 +19,9 @@ import {
   stepInto,
   stepOnce,
 } from './relocated-guest.js';
+
+/** _KSWITCH_FRAME, at the saved stack pointer; the home space of a _KEXCEPTION_FRAME lies above. */
+const SWITCH_FRAME_BYTES = 0x40n;
 
 describe('engine on the embedded guest', () => {
   test('the guest computes what it did, sees no changed byte, and is identical after unload', () => {
@@ -195,6 +201,37 @@ describe('engine on the embedded guest', () => {
     expect(places.some((place) => place.includes('thread stack'))).toBe(true);
     expect(guest.image()).toBe(before);
     expect(guest.wrongStreams()).toEqual([]);
+  });
+
+  describe('a value inside a handler on the stack of a thread that never runs', () => {
+    /** Puts it where KiSwapContext keeps nothing, as an earlier interrupt may have left it there. */
+    function guestWithValue(frame: (handler: bigint) => bigint[], unloadSeconds: number) {
+      const relocated = relocatedGuest({ vcpus: 1, unloadSeconds });
+      const { guest, kernel, events } = relocated;
+      const running = findProcessor(kernel, 0, guest.machine.registers(0))!.currentThread;
+      const [system] = processes(kernel);
+      const thread = [...threads(kernel, system!)].find(({ gva }) => gva !== running)!;
+      const bytes = Buffer.alloc(40);
+      frame(relocations(events)[0]!.handler).forEach((value, at) => {
+        bytes.writeBigUInt64LE(value, at * 8);
+      });
+      guest.machine.writePhysical(kernel.memory.translate(thread.kernelStack + SWITCH_FRAME_BYTES), bytes);
+      guest.hypervisor.advance = () => [];
+      return relocated;
+    }
+
+    test('blocks at first, but not for good: our code calls nothing, so nothing returns through it', () => {
+      const { before, guest, engine } = guestWithValue((handler) => [handler + 13n], 30);
+      expect(engine.unload().blocked).toBeGreaterThan(0);
+      expect(guest.image()).toBe(before);
+    });
+
+    test('blocks for good when it is the RIP of a machine frame', () => {
+      const frame = (handler: bigint) => [handler + 13n, 0x10n, 0x246n, 0xffff_f500_0000_1000n, 0x18n];
+      const { guest, engine } = guestWithValue(frame, 1.5);
+      expect(() => engine.unload()).toThrow(expect.objectContaining({ code: 'UNLOAD_BLOCKED' }));
+      guest.hypervisor.advance = (machine) => machine.run(500).traps;
+    });
   });
 
   test('disable restores the sites and leaves the handlers: a vCPU inside one finishes normally', () => {

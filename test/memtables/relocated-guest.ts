@@ -10,6 +10,8 @@ const MOST_STEPS = 2_000_000;
 const STEPS_PER_TICK = 20_000;
 /** Enough for an interrupt, a DPC and a context switch. */
 const STEPS_TO_SWITCH = 5000;
+/** From the change of the current thread to the new thread's own stack. */
+const STEPS_OUT_OF_SWITCH = 40;
 const MOST_TRIES = 100;
 
 /** Lets guest and engine work until `done`, for a bounded number of listens. */
@@ -88,8 +90,7 @@ export function preemptAt(
     for (let steps = 0; steps < STEPS_TO_SWITCH; steps++) {
       stepOnce(guest, vcpu);
       if (currentThread() === thread) continue;
-      // Out of the scheduler too.
-      for (let more = 0; more < STEPS_TO_SWITCH / 10; more++) stepOnce(guest, vcpu);
+      for (let more = 0; more < STEPS_OUT_OF_SWITCH; more++) stepOnce(guest, vcpu);
       return;
     }
   }

@@ -39,8 +39,9 @@ test('slack that somebody has used since is not written over, and what lies behi
     BigInt(pageEnd - 3000 + (engine.statistics().slack.bytes - engine.statistics().slack.free) + 20);
   guest.machine.writePhysical(guest.loaded.translate(used)!, Buffer.from([0x42]));
   engine.relocating = true;
-  serve(guest, engine, () => relocations(events).length > 5);
+  serve(guest, engine, () => engine.statistics().tableLoads > 3000);
   expect(kernel.memory.readU8(used)).toBe(0x42);
+  expect(relocations(events).length).toBeGreaterThan(0);
   expect(relocations(events).every(({ handler }) => handler > used)).toBe(true);
   engine.unload();
   expect(guest.wrongStreams()).toEqual([]);
