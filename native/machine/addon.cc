@@ -15,7 +15,9 @@ constexpr uint64_t kMostMemory = 64ull << 30;
 constexpr uint32_t kMostReadBytes = 64u << 20;
 constexpr double kMostMicroseconds = 3600e6;
 constexpr uint64_t kNanosecondsPerMicrosecond = 1000;
-constexpr unsigned kMostVector = 255;
+/** Below are the exceptions, and an interrupt controller refuses them. */
+constexpr uint64_t kLeastInterrupt = 16;
+constexpr double kMostVector = 255;
 
 [[noreturn]] void refuse(Napi::Env env, const std::string& message) {
   throw Napi::RangeError::New(env, message);
@@ -124,6 +126,12 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
     const unsigned index = vcpuIndex(info);
     if (!machine_->vcpu(index).trapped) refuse(info.Env(), "the vCPU has no open trap");
     return index;
+  }
+
+  uint64_t interruptVector(Info info, size_t index) {
+    const uint64_t vector = integer(info, index, "vector", kMostVector);
+    if (vector < kLeastInterrupt) refuse(info.Env(), "vectors below 16 are exceptions, not interrupts");
+    return vector;
   }
 
   uint64_t physical(Info info, uint64_t length) {
@@ -268,13 +276,13 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
   }
 
   Napi::Value raiseInterrupt(Info info) {
-    vcpu(info).pending.set(integer(info, 1, "vector", kMostVector));
+    vcpu(info).pending.set(interruptVector(info, 1));
     return info.Env().Undefined();
   }
 
   Napi::Value setTimer(Info info) {
-    const uint64_t vector = integer(info, 0, "vector", kMostVector);
     const uint64_t period = integer(info, 1, "microseconds", kMostMicroseconds);
+    const uint64_t vector = period == 0 ? 0 : interruptVector(info, 0);
     machine_->setTimer(static_cast<uint8_t>(vector), period * kNanosecondsPerMicrosecond);
     return info.Env().Undefined();
   }

@@ -22,6 +22,11 @@ void Board::revokeWrites(uint64_t gpa) {
   frame.writableBy = 0;
 }
 
+void Board::claimForCode(uint64_t gpa, const Vcpu& vcpu) {
+  revokeWrites(gpa);
+  memory.frame(gpa).translatedBy |= 1u << vcpu.index();
+}
+
 void Board::permissionsChanged() {
   for (Vcpu* vcpu : vcpus) vcpu->forgetTranslations();
 }

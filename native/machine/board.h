@@ -19,6 +19,8 @@ class Board {
   void codeChanged(uint64_t gpa);
   /** Takes write access to the frame from every vCPU, before one of them translates it. */
   void revokeWrites(uint64_t gpa);
+  /** The vCPU is going to translate the frame by a way of its own. */
+  void claimForCode(uint64_t gpa, const Vcpu& vcpu);
   /** Makes every vCPU look again at what it may access. */
   void permissionsChanged();
 

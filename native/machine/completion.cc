@@ -58,24 +58,23 @@ void grantAnswers(Vcpu& vcpu, Shadows& shadows, const std::vector<Answer>& answe
   }
   // The first grant of a page and access counts: the real frame only where no shadow stands in.
   for (const Answer& answer : answers) {
+    if (answer.access == kExecute) vcpu.board().claimForCode(answer.frame, vcpu);
     vcpu.grants.push_back({pageOf(answer.gva), answer.access, answer.frame});
   }
 }
 
 /** Where memory no longer holds the decoded bytes, this vCPU fetches them from a shadow. */
 void grantCode(Vcpu& vcpu, Shadows& shadows, const OpenInstruction& instruction, uint64_t rip) {
-  uint8_t current[kLongestInstruction];
-  const size_t length = fetchCode(vcpu, rip, current, instruction.length);
-  if (length == instruction.length && memcmp(current, instruction.bytes, length) == 0) return;
-  vcpu.forgetTranslations();
   for (size_t done = 0; done < instruction.length;) {
     const uint64_t at = rip + done;
     const size_t piece = std::min<size_t>(instruction.length - done, kPageSize - offsetIn(at));
     const auto found = vcpu.translate(at, kExecute, Marks::kNone);
-    const uint8_t* original =
+    const uint8_t* page =
         found.outcome == Translation::kMapped ? vcpu.board().memory.at(found.frame) : nullptr;
-    uint8_t* shadow = shadows.cover(pageOf(at), kExecute, original);
-    memcpy(shadow + offsetIn(at), instruction.bytes + done, piece);
+    if (page == nullptr || memcmp(page + offsetIn(at), instruction.bytes + done, piece) != 0) {
+      vcpu.forgetTranslations();
+      memcpy(shadows.cover(pageOf(at), kExecute, page) + offsetIn(at), instruction.bytes + done, piece);
+    }
     done += piece;
   }
 }
@@ -86,7 +85,11 @@ Stop carryOut(Vcpu& vcpu, const OpenInstruction& instruction) {
   Shadows shadows(vcpu);
   grantCode(vcpu, shadows, instruction, readRegister(vcpu.engine(), UC_X86_REG_RIP));
   grantAnswers(vcpu, shadows, instruction.answers);
-  return stepInstruction(vcpu, instruction.bytes, instruction.length);
+  const Stop stop = stepInstruction(vcpu, instruction.bytes, instruction.length);
+  for (const Answer& answer : instruction.answers) {
+    if (answer.access == kWrite) vcpu.board().codeChanged(answer.frame);
+  }
+  return stop;
 }
 
 }  // namespace memtables

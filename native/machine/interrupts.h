@@ -14,6 +14,7 @@ struct Event {
   uint32_t errorCode = 0;
 };
 
+constexpr uint32_t kVectorDebug = 1;
 constexpr uint32_t kVectorInvalidOpcode = 6;
 constexpr uint32_t kVectorGeneralProtection = 13;
 constexpr uint32_t kVectorPageFault = 14;

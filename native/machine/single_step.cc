@@ -8,8 +8,11 @@
 namespace memtables {
 namespace {
 
+/** DR6.BS */
+constexpr uint64_t kDebugStatusStep = 1ull << 14;
+
 /** Instructions that store, load or look at RFLAGS.TF themselves. */
-enum class Kind { kPlain, kPushFlags, kLoadFlags, kSystemReturn, kPause };
+enum class Kind { kPlain, kPushFlags, kLoadFlags, kSystemReturn, kPause, kInterruptOne };
 
 bool isLegacyPrefix(uint8_t byte) {
   switch (byte) {
@@ -41,6 +44,8 @@ Classified classify(const uint8_t* bytes, size_t length) {
       return {Kind::kLoadFlags, at + 1};
     case 0x90:
       return {repeat && !rexB ? Kind::kPause : Kind::kPlain, at + 1};
+    case 0xcd:
+      return {byte(1) == kVectorDebug ? Kind::kInterruptOne : Kind::kPlain, at + 2};
     case 0x0f:
       return {byte(1) == 0x07 ? Kind::kSystemReturn : Kind::kPlain, at + 2};
     default:
@@ -71,7 +76,8 @@ Stop attemptStep(Vcpu& vcpu, const uint8_t* bytes, size_t length) {
     return stop;
   }
 
-  uint64_t trapFlag = readRegister(engine, UC_X86_REG_RFLAGS) & kFlagTrap;
+  const uint64_t guestTrapFlag = readRegister(engine, UC_X86_REG_RFLAGS) & kFlagTrap;
+  uint64_t trapFlag = guestTrapFlag;
   const uint64_t debugStatus = readRegister(engine, UC_X86_REG_DR6);
   const uint64_t r11 = readRegister(engine, UC_X86_REG_R11);
   writeRegister(engine, UC_X86_REG_RFLAGS, readRegister(engine, UC_X86_REG_RFLAGS) | kFlagTrap);
@@ -92,6 +98,13 @@ Stop attemptStep(Vcpu& vcpu, const uint8_t* bytes, size_t length) {
   }
   if (readRegister(engine, UC_X86_REG_DR6) != debugStatus) {
     writeRegister(engine, UC_X86_REG_DR6, debugStatus);
+  }
+  if (retired(stop) && kind == Kind::kInterruptOne) {
+    stop.kind = StopKind::kException;
+    stop.vector = kVectorDebug;
+  } else if (retired(stop) && guestTrapFlag != 0) {
+    writeRegister(engine, UC_X86_REG_DR6, debugStatus | kDebugStatusStep);
+    deliver(vcpu, {Event::kException, kVectorDebug});
   }
   if (stop.kind == StopKind::kSystemCall) {
     enterSystemCall(vcpu);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "error.h"
+#include "interrupts.h"
 
 namespace memtables {
 namespace {
@@ -13,21 +14,15 @@ constexpr uint64_t kShadowBase = 1ull << 40;
 constexpr uint64_t kProbePage = 0x0000900000000000ull;
 constexpr uint32_t kTranslationBufferBytes = 64u << 20;
 constexpr uint64_t kUnlimitedBlocks = ~0ull;
-constexpr uint32_t kInvalidOpcode = 6;
-constexpr uint32_t kDebug = 1;
 constexpr uint32_t kConsolePort = 0xe9;
+/** What nobody takes is dropped: the guest shall not fill the host's memory. */
+constexpr size_t kMostConsoleBytes = 1u << 20;
 constexpr uint64_t kSelectorPrivilege = 3;
 
 void check(uc_err error, const char* what, unsigned vcpu) {
   if (error != UC_ERR_OK) {
     throw MachineError(std::string(what) + ": " + uc_strerror(error), static_cast<int>(vcpu));
   }
-}
-
-uc_engine* openEngine(unsigned vcpu) {
-  uc_engine* engine = nullptr;
-  check(uc_open(UC_ARCH_X86, UC_MODE_64, &engine), "an engine could not be opened", vcpu);
-  return engine;
 }
 
 uint32_t protection(uint8_t rights) {
@@ -51,13 +46,19 @@ Access accessOf(uc_mem_type type) {
 
 }  // namespace
 
+Engine::Engine(unsigned vcpu) {
+  check(uc_open(UC_ARCH_X86, UC_MODE_64, &handle_), "an engine could not be opened", vcpu);
+  // Both count only before the first other call.
+  uc_ctl_set_cpu_model(handle_, UC_CPU_X86_SKYLAKE_CLIENT);
+  uc_ctl_set_tcg_buffer_size(handle_, kTranslationBufferBytes);
+}
+
 Vcpu::Vcpu(Board& board, unsigned index)
     : board_(board),
       index_(index),
-      engine_(openEngine(index)),
       shadow_(kShadowFrames * kPageSize),
-      hidden_((uc_ctl_set_cpu_model(engine_, UC_CPU_X86_SKYLAKE_CLIENT),
-               uc_ctl_set_tcg_buffer_size(engine_, kTranslationBufferBytes), engine_)) {
+      engine_(index),
+      hidden_(engine_) {
   check(uc_ctl_tlb_mode(engine_, UC_TLB_VIRTUAL), "the virtual TLB is not available", index);
   // Otherwise virtual address 0 would mean "stop".
   check(uc_ctl_exits_enable(engine_), "exits cannot be configured", index);
@@ -79,8 +80,6 @@ Vcpu::Vcpu(Board& board, unsigned index)
   hidden_.enableTaskPriority();
   hidden_.store();
 }
-
-Vcpu::~Vcpu() { uc_close(engine_); }
 
 void Vcpu::addHook(int type, void* callback, int instruction) {
   uc_hook hook;
@@ -232,12 +231,12 @@ void Vcpu::onBlock(uc_engine*, uint64_t, uint32_t, void* self) {
 
 void Vcpu::onException(uc_engine*, uint32_t vector, void* self) {
   auto* vcpu = static_cast<Vcpu*>(self);
-  const bool step = vcpu->stepping_ && vector == kDebug;
+  const bool step = vcpu->stepping_ && vector == kVectorDebug;
   vcpu->stopWith(step ? StopKind::kRetired : StopKind::kException, vector);
 }
 
 bool Vcpu::onInvalidInstruction(uc_engine*, void* self) {
-  static_cast<Vcpu*>(self)->stopWith(StopKind::kException, kInvalidOpcode);
+  static_cast<Vcpu*>(self)->stopWith(StopKind::kException, kVectorInvalidOpcode);
   return true;
 }
 
@@ -272,7 +271,8 @@ int Vcpu::onTimestampAndProcessor(uc_engine* engine, void* self) {
 }
 
 void Vcpu::onPortWrite(uc_engine*, uint32_t port, int, uint32_t value, void* self) {
-  if (port == kConsolePort) static_cast<Vcpu*>(self)->board_.console.push_back(static_cast<char>(value));
+  std::string& console = static_cast<Vcpu*>(self)->board_.console;
+  if (port == kConsolePort && console.size() < kMostConsoleBytes) console.push_back(static_cast<char>(value));
 }
 
 uint32_t Vcpu::onPortRead(uc_engine*, uint32_t, int, void*) { return ~0u; }

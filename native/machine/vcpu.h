@@ -49,10 +49,23 @@ struct Grant {
   uint64_t frame;
 };
 
+/** An engine of the processor model that all vCPUs are, closed at the end. */
+class Engine {
+ public:
+  explicit Engine(unsigned vcpu);
+  ~Engine() { uc_close(handle_); }
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  operator uc_engine*() const { return handle_; }
+
+ private:
+  uc_engine* handle_ = nullptr;
+};
+
 class Vcpu {
  public:
   Vcpu(Board& board, unsigned index);
-  ~Vcpu();
   Vcpu(const Vcpu&) = delete;
   Vcpu& operator=(const Vcpu&) = delete;
 
@@ -111,8 +124,9 @@ class Vcpu {
 
   Board& board_;
   const unsigned index_;
-  uc_engine* engine_ = nullptr;
+  // In this order: the engine uses the memory, the saved state belongs to the engine.
   HostMemory shadow_;
+  Engine engine_;
   HiddenState hidden_;
   std::optional<Stop> stop_;
   uint64_t blocksLeft_ = 0;

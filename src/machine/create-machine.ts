@@ -28,7 +28,7 @@ const KINDS = { 1: 'read', 2: 'write', 4: 'execute' } as const;
 type AccessBit = keyof typeof KINDS;
 const BITS = { read: 1, write: 2, execute: 4 } as const;
 
-const NANOSECONDS_PER_MICROSECOND = 1000n;
+const MICROSECONDS_PER_MILLISECOND = 1000;
 
 /** A machine with all its vCPUs halted at address 0 in long mode, paging off, all frames accessible. */
 export function createMachine(options: MachineOptions): Machine {
@@ -46,6 +46,7 @@ class EmbeddedMachine implements Machine {
   readonly #open: (OpenInstruction | undefined)[];
   /** Traps that `complete` came upon; the next `run` or `step` delivers them. */
   readonly #undelivered: (Trap | undefined)[];
+  #closed = false;
 
   constructor(native: NativeMachine, options: MachineOptions) {
     this.#native = native;
@@ -136,16 +137,17 @@ class EmbeddedMachine implements Machine {
   }
 
   run(microseconds: number): { readonly traps: readonly Trap[]; readonly idle: boolean } {
-    const deadline = process.hrtime.bigint() + BigInt(microseconds) * NANOSECONDS_PER_MICROSECOND;
-    for (let left = microseconds; left >= 0; ) {
+    const started = performance.now();
+    let left = microseconds;
+    do {
       const traps = this.#takeUndelivered();
       if (traps.length > 0) return { traps, idle: false };
       const outcome = this.#call((native) => native.run(left));
       if (outcome === undefined || outcome === true) return { traps: [], idle: outcome === true };
       const trap = this.#trapOf(outcome);
       if (trap !== undefined) return { traps: [trap], idle: false };
-      left = Number((deadline - process.hrtime.bigint()) / NANOSECONDS_PER_MICROSECOND);
-    }
+      left = Math.floor(microseconds - (performance.now() - started) * MICROSECONDS_PER_MILLISECOND);
+    } while (left >= 0);
     return { traps: [], idle: false };
   }
 
@@ -170,6 +172,7 @@ class EmbeddedMachine implements Machine {
   }
 
   close(): void {
+    this.#closed = true;
     this.#native.close();
   }
 
@@ -250,6 +253,11 @@ class EmbeddedMachine implements Machine {
   }
 
   #call<T>(operation: (native: NativeMachine) => T): T {
+    if (this.#closed) {
+      throw new MemtablesError('INVALID_ARGUMENT', 'the machine is closed', {
+        remedy: 'Create another machine.',
+      });
+    }
     return guarded(
       () => operation(this.#native),
       (vcpu) => this.#describe(vcpu),

@@ -1,10 +1,15 @@
 import { createMachine } from '../../src/machine/create-machine.js';
 import type { Machine, Trap } from '../../src/machine/machine.js';
-import type { Gpa, Gva } from '../../src/vmi/address.js';
+import { type Gpa, type Gva, gfnOf } from '../../src/vmi/address.js';
 import type { Registers } from '../../src/x86/registers.js';
 
 /** GPA `a` is mapped at GVA `a`, for user mode too, and at `KERNEL_BASE + a`, for the kernel only. */
 export const KERNEL_BASE: Gva = 0xffff_f800_0000_0000n;
+
+/** Frames that tests use for code, for data (two of them), and for what must never trap. */
+export const CODE: Gpa = 0x10000n;
+export const DATA: Gpa = 0x20000n;
+export const SCRATCH: Gpa = 0x30000n;
 
 /** Selectors as Windows has them. */
 export const SELECTORS = {
@@ -36,6 +41,8 @@ const STUBS = 0x8000;
 const STACKS = 0x10000;
 const IST_STACKS = 0x60000;
 const TSS_STRIDE = 0x80;
+const TSS_RSP0 = 4;
+const TSS_IST1 = 36;
 const STUB_STRIDE = 0x10;
 const STACK_STRIDE = 0x2000;
 
@@ -79,8 +86,8 @@ export function createFlatMachine({ vcpus = 1, memoryBytes = 16 * MB }: FlatMach
   }
   for (let vcpu = 0; vcpu < vcpus; vcpu++) {
     const tss = TSS + vcpu * TSS_STRIDE;
-    entry(tss + 4, kernelStackOf(machine, vcpu));
-    entry(tss + 36, interruptStackOf(machine, vcpu));
+    entry(tss + TSS_RSP0, kernelStackOf(machine, vcpu));
+    entry(tss + TSS_IST1, interruptStackOf(machine, vcpu));
   }
   machine.writePhysical(system, tables);
 
@@ -118,6 +125,11 @@ export function interruptStackOf(machine: Machine, vcpu: number): Gva {
   return KERNEL_BASE + systemArea(machine) + BigInt(IST_STACKS + (vcpu + 1) * STACK_STRIDE);
 }
 
+/** The GPA of the TSS field that holds that top. */
+export function interruptStackSlot(machine: Machine, vcpu: number): Gpa {
+  return systemArea(machine) + BigInt(TSS + vcpu * TSS_STRIDE + TSS_IST1);
+}
+
 /** Points a vector at another handler. */
 export function setGate(
   machine: Machine,
@@ -149,6 +161,11 @@ function gate(handler: Gva, { ist = 0, privilege = 0 } = {}): Buffer {
   bytes.writeBigUInt64LE(low, 0);
   bytes.writeBigUInt64LE(handler >> 32n, 8);
   return bytes;
+}
+
+/** Sets the permission of `frames` frames from `gpa` on. */
+export function setAccess(machine: Machine, gpa: Gpa, frames: number, access: number): void {
+  for (let index = 0; index < frames; index++) machine.setAccess(gfnOf(gpa) + BigInt(index), access);
 }
 
 /** Bytes from hexadecimal digits; blanks are ignored. */
