@@ -63,17 +63,26 @@ void grantAnswers(Vcpu& vcpu, Shadows& shadows, const std::vector<Answer>& answe
   }
 }
 
-/** Where memory no longer holds the decoded bytes, this vCPU fetches them from a shadow. */
+/**
+ * Where memory no longer holds the decoded bytes, this vCPU fetches them from a shadow. An instruction that was
+ * fetched before it trapped is so again, whatever its page's rights are now.
+ */
 void grantCode(Vcpu& vcpu, Shadows& shadows, const OpenInstruction& instruction, uint64_t rip) {
+  const auto& answers = instruction.answers;
+  const bool fetched = std::none_of(answers.begin(), answers.end(),
+                                    [](const Answer& answer) { return answer.access == kExecute; });
+  Board& board = vcpu.board();
   for (size_t done = 0; done < instruction.length;) {
     const uint64_t at = rip + done;
     const size_t piece = std::min<size_t>(instruction.length - done, kPageSize - offsetIn(at));
     const auto found = vcpu.translate(at, kExecute, Marks::kNone);
-    const uint8_t* page =
-        found.outcome == Translation::kMapped ? vcpu.board().memory.at(found.frame) : nullptr;
+    const uint8_t* page = found.outcome == Translation::kMapped ? board.memory.at(found.frame) : nullptr;
     if (page == nullptr || memcmp(page + offsetIn(at), instruction.bytes + done, piece) != 0) {
       vcpu.forgetTranslations();
       memcpy(shadows.cover(pageOf(at), kExecute, page) + offsetIn(at), instruction.bytes + done, piece);
+    } else if (fetched && !(board.memory.frame(found.frame).rights & kExecute)) {
+      board.claimForCode(found.frame, vcpu);
+      vcpu.grants.push_back({pageOf(at), kExecute, found.frame});
     }
     done += piece;
   }

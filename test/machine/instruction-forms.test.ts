@@ -189,7 +189,7 @@ const EPILOGUE = hexBytes('410f118600010000 41ddb600020000 f4');
 const FORM = CODE + BigInt(PROLOGUE.length);
 const MOST_INSTRUCTIONS = 100;
 
-const BEFORE: Partial<Registers> = {
+const BEFORE = {
   rax: 0x1122334455667718n,
   rcx: 3n,
   rdx: 0x77n,
@@ -209,7 +209,7 @@ const BEFORE: Partial<Registers> = {
   rflags: 0x46n,
   fsBase: 0x10n,
   gsBase: DATA + 0x700n,
-};
+} satisfies Partial<Registers>;
 
 const machine = createFlatMachine();
 afterAll(() => machine.close());
@@ -280,20 +280,21 @@ const ALL = 7;
 for (const [kind, rows] of Object.entries(FORMS)) {
   describe(`${kind}: the trap is exact, and completed the instruction has had its normal effect`, () => {
     for (const mode of ['stepped', 'free running'] as const) {
-      it.each(rows)(`%s (${mode})`, (...row) => {
-        const plain = execute(row, mode, ALL);
-        expect(plain.traps).toEqual([]);
-        const trapped = execute(row, mode, ACCESS_EXECUTE);
-        expect(spelled(trapped.traps)).toBe(row[2]);
-        for (const trap of trapped.traps) {
-          expect(trap).toMatchObject({ kind: 'violation', rip: FORM, gpa: trap.gva, vcpu: 0 });
-          expect(trap.instruction.toString('hex')).toBe(row[1]);
-        }
-        const [first] = trapped.atTraps;
-        if (first !== undefined) expect(first).toMatchObject({ ...BEFORE, rip: FORM });
-        expect(trapped.registers).toEqual(plain.registers);
-        expect(trapped.memory.equals(plain.memory)).toBe(true);
-      });
+      for (const row of rows)
+        it(`${row[0]} (${mode})`, () => {
+          const plain = execute(row, mode, ALL);
+          expect(plain.traps).toEqual([]);
+          const trapped = execute(row, mode, ACCESS_EXECUTE);
+          expect(spelled(trapped.traps)).toBe(row[2]);
+          for (const trap of trapped.traps) {
+            expect(trap).toMatchObject({ kind: 'violation', rip: FORM, gpa: trap.gva, vcpu: 0 });
+            expect(trap.instruction.toString('hex')).toBe(row[1]);
+          }
+          const [first] = trapped.atTraps;
+          if (first !== undefined) expect(first).toMatchObject({ ...BEFORE, rip: FORM });
+          expect(trapped.registers).toEqual(plain.registers);
+          expect(trapped.memory.equals(plain.memory)).toBe(true);
+        });
     }
   });
 }
