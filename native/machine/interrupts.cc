@@ -146,6 +146,18 @@ std::optional<Failure> attempt(Vcpu& vcpu, const Event& event) {
   return std::nullopt;
 }
 
+/** Of the INT3 or INT n that RIP stands behind. */
+uint64_t softwareInterruptLength(Vcpu& vcpu, uint32_t vector) {
+  constexpr uint32_t kBreakpoint = 3;
+  constexpr uint8_t kInt3 = 0xcc;
+  constexpr uint64_t kIntLength = 2;
+  uint8_t last = 0;
+  if (vector != kBreakpoint || fetchCode(vcpu, readRegister(vcpu.engine(), UC_X86_REG_RIP) - 1, &last, 1) == 0) {
+    return kIntLength;
+  }
+  return last == kInt3 ? 1 : kIntLength;
+}
+
 }  // namespace
 
 void deliver(Vcpu& vcpu, Event event) {
@@ -155,6 +167,11 @@ void deliver(Vcpu& vcpu, Event event) {
     const bool first = event.source == Event::kException;
     if (first && event.vector == kVectorDoubleFault) {
       throw MachineError("triple fault", static_cast<int>(vcpu.index()));
+    }
+    if (event.source == Event::kSoftware) {
+      // What comes instead is a fault: it stands at the instruction, which has not happened.
+      writeRegister(vcpu.engine(), UC_X86_REG_RIP,
+                    readRegister(vcpu.engine(), UC_X86_REG_RIP) - softwareInterruptLength(vcpu, event.vector));
     }
     if (failure->vector == kVectorPageFault) writeRegister(vcpu.engine(), UC_X86_REG_CR2, failure->gva);
     const bool second = contributory(failure->vector) || failure->vector == kVectorPageFault;

@@ -63,7 +63,10 @@ export interface Machine {
   retry(vcpu: number): void;
   setSingleStep(vcpu: number, enabled: boolean): void;
 
-  /** Makes the vCPU take `vector` as soon as IF and CR8 allow it. */
+  /**
+   * Makes the vCPU take `vector` (16 to 255) once IF and CR8 allow it: at that instruction when it is stepped, within
+   * about 100 microseconds when it runs freely.
+   */
   raiseInterrupt(vcpu: number, vector: number): void;
   /** Raises `vector` on every vCPU at this wall-clock period while `run` is used; 0 stops it. */
   setTimer(vector: number, microseconds: number): void;
@@ -73,7 +76,10 @@ export interface Machine {
    * that are new, as soon as there are any. `idle` says that no vCPU could run.
    */
   run(microseconds: number): { readonly traps: readonly Trap[]; readonly idle: boolean };
-  /** Runs one vCPU for exactly `instructions` (fewer at a trap, a halt); returns how many retired. */
+  /**
+   * Runs one vCPU for exactly `instructions` (fewer at a trap, a halt); returns how many retired. An iteration of
+   * a repeated string instruction counts as one, and so do MOV SS or POP SS with the instruction behind.
+   */
   step(vcpu: number, instructions: number): { readonly retired: number; readonly trap?: Trap };
 
   /** What the guest wrote to its console port since the last call. */
