@@ -1,7 +1,7 @@
 import { MemtablesError } from '../errors.js';
 import type { Machine } from '../machine/machine.js';
+import { nextRandom } from '../random.js';
 import { type Gpa, type Gva, gpaOfFrame, PAGE_SHIFT, PAGE_SIZE, pageOffset } from '../vmi/address.js';
-import { nextRandom } from './generator.js';
 import { type LaidOutImage, layOutImage } from './image.js';
 import { type PageRights, PageTableBuilder } from './page-tables.js';
 

@@ -1,6 +1,7 @@
 // What native/guest/workload.s and the switches it calls compute, by arithmetic alone: no table, no image.
+
+import { nextRandom } from '../random.js';
 import type { SwitchForm, SwitchModel, WorkloadCall } from './artefacts.js';
-import { nextRandom } from './generator.js';
 
 const HALF = 16;
 const LOW_HALF = 0xffff;

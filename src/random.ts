@@ -1,4 +1,4 @@
-/** xorshift32: the guest's own generator, and the one that places it. Never 0, from a state that is not. */
+/** xorshift32, which the guest's workload uses too. Never 0, from a state that is not. */
 export function nextRandom(state: number): number {
   let next = state;
   next ^= next << 13;
