@@ -1,3 +1,4 @@
+import { MemtablesError } from '../errors.js';
 import { DIRECTORY, imageInvalid, type PeImage, viewOf } from './pe.js';
 
 /** A RUNTIME_FUNCTION: a function, or a fragment of one, with addresses relative to the image base. */
@@ -120,26 +121,28 @@ export class FunctionTable {
    */
   fragmentsOf(entry: RuntimeFunction): readonly RuntimeFunction[] {
     this.fragments ??= this.groupFragments();
-    return this.fragments.get(this.groupKey(entry)) ?? [entry];
+    return this.fragments.get(this.startOf(entry)) ?? [entry];
+  }
+
+  /** Where the function begins that `entry` is a fragment of. */
+  startOf(entry: RuntimeFunction): number {
+    try {
+      return this.primaryOf(entry).begin;
+    } catch (error) {
+      if (error instanceof MemtablesError) return entry.begin;
+      throw error;
+    }
   }
 
   private groupFragments(): Map<number, RuntimeFunction[]> {
     const groups = new Map<number, RuntimeFunction[]>();
     for (const entry of this.entries) {
-      const key = this.groupKey(entry);
+      const key = this.startOf(entry);
       const group = groups.get(key);
       if (group === undefined) groups.set(key, [entry]);
       else group.push(entry);
     }
     return groups;
-  }
-
-  private groupKey(entry: RuntimeFunction): number {
-    try {
-      return this.primaryOf(entry).begin;
-    } catch {
-      return entry.begin;
-    }
   }
 
   /** Index of the first entry that begins above `rva`. */

@@ -349,8 +349,8 @@ function parseSections(table: Uint8Array, sizeOfHeaders: number, sizeOfImage: nu
       writable: (characteristics & SECTION_WRITE) !== 0,
       discardable: (characteristics & SECTION_DISCARDABLE) !== 0,
       notPaged: (characteristics & SECTION_NOT_PAGED) !== 0,
-      rawOffset: view.getUint32(at + 20, true) & ~(FILE_SECTOR - 1),
-      rawSize: Math.min(rawSize, Math.max(virtualSize, 0)),
+      rawOffset: Math.floor(view.getUint32(at + 20, true) / FILE_SECTOR) * FILE_SECTOR,
+      rawSize: Math.min(rawSize, virtualSize),
     });
   }
   return sections;

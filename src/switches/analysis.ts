@@ -9,19 +9,31 @@ import {
   Register,
 } from '../x86/instruction.js';
 import { GPR_NAMES, type GprName } from '../x86/registers.js';
-import type { CodeRange, FunctionCode } from './functions.js';
-import { State, type View } from './state.js';
+import {
+  type CodeRange,
+  type FunctionCode,
+  MAX_FUNCTION_BYTES,
+  rangeAt,
+  START_ALIGNMENT,
+} from './functions.js';
+import { type Origin, State, type View } from './state.js';
 import { oppositeRelation, relationOf, step, stepCall, type TableReader } from './transfer.js';
+import { Worklist } from './worklist.js';
 
 export const DWORD = 4;
 /** The largest table seen in public binaries has 2,485 entries. */
 export const MAX_ENTRIES = 8192;
-const MAX_FUNCTION_BYTES = 512 * 1024;
+/** A function in more pieces than this was not split by a compiler. */
+const MAX_FRAGMENTS = 1024;
 /** How often instructions are looked at, again and again until nothing changes: far more than needed. */
 const STEPS_PER_BYTE = 32;
 const BASE_STEPS = 10_000;
 /** A block that is still changing after this many visits is taken as unknown. */
 const MAX_VISITS = 64;
+/** Bytes of a byte table that cost as much as a step. */
+const BYTES_PER_STEP = 16;
+/** A state with more quantities than this is renumbered, so that copies of it stay cheap. */
+const MAX_QUANTITIES = 1024;
 const FAST_FAIL = 0x29n;
 
 /** A dword or byte load with a base, a scaled index and a displacement inside the image. */
@@ -61,6 +73,24 @@ export class Analysis {
   readonly instructions = new Map<number, Instruction>();
   /** Where branches go to, other than by falling through. */
   readonly branchTargets = new Set<number>();
+  private tables: readonly number[] | undefined;
+
+  /** Whether a table begins in `[begin, end)`. For a finished analysis. */
+  tableBetween(begin: number, end: number): boolean {
+    this.tables ??= this.tableAddresses();
+    let [low, high] = [0, this.tables.length];
+    while (low < high) {
+      const middle = (low + high) >>> 1;
+      if (this.tables[middle]! < begin) low = middle + 1;
+      else high = middle;
+    }
+    return (this.tables[low] ?? end) < end;
+  }
+
+  private tableAddresses(): number[] {
+    const dwords = [...this.loads.values()].filter(({ rva }) => this.dispatches.get(rva)?.jmp);
+    return [...dwords, ...this.byteLoads.values()].map(({ table }) => table).sort((a, b) => a - b);
+  }
 }
 
 /**
@@ -68,11 +98,12 @@ export class Analysis {
  * calls, an index never exceeds the `maxIndex` of its load.
  *
  * It takes for granted what the Windows x64 convention gives: calls keep the non-volatile registers, and
- * nothing but a handler of the unwind data enters a function in its middle.
+ * nothing but a handler of the unwind data enters a function in its middle. And it believes the compiler that
+ * a switch without a guard stays within its own table.
  */
 export function analyse(image: ImageBytes, code: FunctionCode): Analysis {
   const bytes = code.ranges.reduce((sum, { begin, end }) => sum + end - begin, 0);
-  if (bytes > MAX_FUNCTION_BYTES) {
+  if (bytes > MAX_FUNCTION_BYTES || code.ranges.length > MAX_FRAGMENTS) {
     const analysis = new Analysis();
     analysis.outcome = 'too-complex';
     return analysis;
@@ -105,22 +136,29 @@ class Interpreter implements TableReader {
   private readonly blocks = new Map<number, Block>();
   /** Which block an instruction was last reached in. */
   private readonly blockOf = new Map<number, number>();
-  private readonly pending = new Set<number>();
-  private readonly disassemblers: { range: CodeRange; disassembler: Disassembler }[];
+  private readonly pending = new Worklist();
+  /** Every byte load that might be one of a table, proven or not. */
+  private readonly byteReads = new Map<number, TableLoad>();
+  /** Targets of direct jumps, and what the code before falls into, as far as functions may start there. */
+  private readonly jumpedTo = new Set<number>();
+  private readonly fallenInto = new Set<number>();
+  /** By table: for how many dwords an entry is possible. */
+  private readonly plausible = new Map<number, number>();
+  private readonly disassemblers = new Map<CodeRange, Disassembler>();
 
   constructor(
     private readonly image: ImageBytes,
     private readonly code: FunctionCode,
     private steps: number,
   ) {
-    this.disassemblers = code.ranges.map((range) => ({
-      range,
-      disassembler: new Disassembler(image.read(range.begin, range.end - range.begin), BigInt(range.begin)),
-    }));
+    for (const range of code.ranges) {
+      const bytes = image.read(range.begin, range.end - range.begin);
+      this.disassemblers.set(range, new Disassembler(bytes, BigInt(range.begin)));
+    }
   }
 
   free(): void {
-    for (const { disassembler } of this.disassemblers) disassembler.free();
+    for (const disassembler of this.disassemblers.values()) disassembler.free();
   }
 
   run(): Analysis {
@@ -131,10 +169,7 @@ class Interpreter implements TableReader {
           if (!this.tableStarts.has(root)) this.enter(root, State.unknown());
         }
         this.settle();
-        for (let rva = this.unreached(); rva !== undefined; rva = this.unreached()) {
-          this.enter(rva, State.unknown());
-          this.settle();
-        }
+        while (this.enterUnreached() || this.enterPossibleStarts());
       } while (this.ranIntoTable());
     } catch (error) {
       if (!(error instanceof OutOfSteps)) throw error;
@@ -148,6 +183,14 @@ class Interpreter implements TableReader {
     this.blocks.clear();
     this.blockOf.clear();
     this.pending.clear();
+    this.byteReads.clear();
+    this.jumpedTo.clear();
+    this.fallenInto.clear();
+  }
+
+  private spend(steps: number): void {
+    this.steps -= steps;
+    if (this.steps < 0) throw new OutOfSteps();
   }
 
   /**
@@ -155,30 +198,48 @@ class Interpreter implements TableReader {
    * start of a leaf function. That is known only once the table's load was seen; then everything is looked at again.
    */
   private ranIntoTable(): boolean {
-    const { loads, dispatches, instructions } = this.analysis;
+    const { instructions } = this.analysis;
     const known = this.tableStarts.size;
-    for (const { rva, table, baseIsImageBase } of loads.values()) {
-      if (baseIsImageBase && dispatches.get(rva)?.jmp && instructions.has(table)) this.tableStarts.add(table);
+    for (const { table } of this.switchLoads()) {
+      if (instructions.has(table) && this.beginsLikeTable(table)) this.tableStarts.add(table);
     }
     return this.tableStarts.size > known;
   }
 
+  /** Index 0 may be one that the switch never has, and what looks like the table's first entry be code. */
+  private beginsLikeTable(table: number): boolean {
+    const view = readEntries(this.image, table, 1);
+    const first = view.byteLength === 0 ? undefined : view.getUint32(0, true);
+    return first === 0 || (first !== undefined && this.contains(first));
+  }
+
+  /** The loads whose table is known and which a jump follows. */
+  private switchLoads(): TableLoad[] {
+    const { loads, dispatches } = this.analysis;
+    return [...loads.values()].filter(({ rva, baseIsImageBase }) => {
+      const dispatch = dispatches.get(rva);
+      return baseIsImageBase && dispatch?.toImageBase && dispatch.jmp !== undefined;
+    });
+  }
+
   private settle(): void {
-    while (this.pending.size > 0) {
-      // In the order of the code, so that most blocks come after all that lead to them.
-      let leader = Number.POSITIVE_INFINITY;
-      for (const rva of this.pending) leader = Math.min(leader, rva);
-      this.pending.delete(leader);
+    // In the order of the code, so that most blocks come after all that lead to them.
+    for (let leader = this.pending.take(); leader !== undefined; leader = this.pending.take()) {
       this.runBlock(leader);
     }
   }
 
-  /** Code that no known way leads to (a block after a call that does not return, a catch handler's way back). */
-  private unreached(): number | undefined {
-    const data = this.tableRanges();
-    for (const { range } of this.disassemblers) {
+  /**
+   * Enters code that no known way leads to (a block after a call that does not return, a catch handler's way
+   * back). Returns whether there was any.
+   */
+  private enterUnreached(): boolean {
+    let data = this.tableRanges();
+    let found = false;
+    for (const range of this.code.ranges) {
       for (let rva = range.begin; rva < range.end; ) {
-        const table = data.find(({ begin, end }) => rva >= begin && rva < end);
+        this.spend(1);
+        const table = rangeAt(data, rva);
         if (table !== undefined) {
           rva = table.end;
           continue;
@@ -186,24 +247,52 @@ class Interpreter implements TableReader {
         const known = this.decode(rva);
         if (known === undefined) rva++;
         else if (this.analysis.instructions.has(rva) || isFiller(known)) rva += known.length;
-        else return rva;
+        else {
+          found = true;
+          this.enter(rva, State.unknown());
+          this.settle();
+          data = this.tableRanges();
+        }
       }
     }
-    return undefined;
+    return found;
   }
 
+  /**
+   * In a gap, what is jumped to and not fallen into may be a leaf function that others call too. Returns
+   * whether this changed anything.
+   */
+  private enterPossibleStarts(): boolean {
+    if (!this.code.leaf) return false;
+    const starts = [...this.jumpedTo].filter((rva) => !this.fallenInto.has(rva));
+    for (const rva of starts) {
+      this.jumpedTo.delete(rva);
+      this.fallenInto.add(rva);
+      this.enter(rva, State.unknown());
+    }
+    this.settle();
+    return starts.length > 0;
+  }
+
+  /** Where tables lie, in ascending order. */
   private tableRanges(): CodeRange[] {
-    const { loads, byteLoads, dispatches } = this.analysis;
-    const switches = [...loads.values()].filter(({ rva }) => dispatches.has(rva));
+    const switches = this.switchLoads();
+    this.spend(switches.length);
     const dwords = switches.map(({ table, maxIndex }) => ({
       begin: table,
-      end: table + DWORD * (Number.isFinite(maxIndex) ? maxIndex + 1 : this.plausibleEntries(table).length),
+      end: table + DWORD * Math.min(maxIndex + 1, this.plausibleLength(table)),
     }));
-    const bytes = [...byteLoads.values()].map(({ table, maxIndex }) => ({
+    const bytes = [...this.analysis.byteLoads.values()].map(({ table, maxIndex }) => ({
       begin: table,
       end: table + maxIndex + 1,
     }));
-    return [...dwords, ...bytes];
+    const merged: { begin: number; end: number }[] = [];
+    for (const range of [...dwords, ...bytes].sort((a, b) => a.begin - b.begin)) {
+      const last = merged.at(-1);
+      if (last !== undefined && range.begin <= last.end) last.end = Math.max(last.end, range.end);
+      else if (range.begin < range.end) merged.push(range);
+    }
+    return merged;
   }
 
   // Blocks
@@ -229,7 +318,7 @@ class Interpreter implements TableReader {
   }
 
   private runBlock(leader: number): void {
-    const state = this.blocks.get(leader)!.state.clone();
+    let state = this.blocks.get(leader)!.state.clone();
     let previous: Instruction | undefined;
     for (let rva = leader; this.contains(rva); ) {
       if (rva !== leader && this.blocks.has(rva)) {
@@ -237,7 +326,7 @@ class Interpreter implements TableReader {
         return;
       }
       if (rva !== leader && this.tableStarts.has(rva)) return;
-      if (this.steps-- <= 0) throw new OutOfSteps();
+      this.spend(1);
       const instruction = this.decode(rva);
       if (instruction === undefined) return;
       this.analysis.instructions.set(rva, instruction);
@@ -245,6 +334,8 @@ class Interpreter implements TableReader {
       if (!this.execute(state, instruction, previous)) return;
       previous = instruction;
       rva += instruction.length;
+      if (rva % START_ALIGNMENT === 0) this.fallenInto.add(rva);
+      if (state.quantityCount > MAX_QUANTITIES) state = state.canonical();
     }
   }
 
@@ -265,8 +356,9 @@ class Interpreter implements TableReader {
       }
       case FlowControl.UnconditionalBranch:
         if (target === undefined) return false; // a far jump
-        if (this.contains(target)) this.branch(target, state);
-        else this.leave(state, instruction, previous);
+        if (target % START_ALIGNMENT === 0) this.jumpedTo.add(target);
+        this.branch(target, state);
+        this.jumpDirectly(state, instruction, !this.contains(target));
         return false;
       case FlowControl.IndirectBranch:
         this.jumpIndirectly(state, instruction);
@@ -306,17 +398,10 @@ class Interpreter implements TableReader {
   // Switches
 
   /** A retpoline kernel's rewritten switch leaves by a direct jump to a thunk that jumps to the register. */
-  private leave(state: State, instruction: Instruction, previous: Instruction | undefined): void {
-    if (previous === undefined) return;
-    for (const [load, dispatch] of this.analysis.dispatches) {
-      if (dispatch.add.ip !== previous.ip) continue;
-      const register = previous.operands[0];
-      const origin =
-        register?.kind === 'register' ? state.origin(state.get(gprIndex(register.register))) : undefined;
-      if (origin?.kind !== 'target') continue;
-      this.analysis.dispatches.set(load, { ...dispatch, jmp: instruction });
-      this.enterCases(state, load, origin.entries);
-    }
+  private jumpDirectly(state: State, instruction: Instruction, leaves: boolean): void {
+    const origins = GPR_NAMES.map((_, gpr) => state.origin(state.get(gpr)));
+    const origin = origins.find((candidate) => candidate?.kind === 'target');
+    if (origin?.kind === 'target') this.takeSwitch(state, origin, leaves ? instruction : undefined);
   }
 
   private jumpIndirectly(state: State, instruction: Instruction): void {
@@ -327,42 +412,54 @@ class Interpreter implements TableReader {
     }
     if (operand?.kind !== 'register') return;
     const origin = state.origin(state.get(gprIndex(operand.register)));
-    if (origin?.kind === 'target') {
-      const dispatch = this.analysis.dispatches.get(origin.load);
-      if (dispatch !== undefined) {
-        this.analysis.dispatches.set(origin.load, { ...dispatch, jmp: instruction });
+    if (origin?.kind === 'target') this.takeSwitch(state, origin, instruction);
+    else if (!hasRexW(instruction)) this.analysis.outcome = 'wild-jump'; // with REX.W it is a tail call
+  }
+
+  private takeSwitch(state: State, origin: Origin & { kind: 'target' }, jmp: Instruction | undefined): void {
+    const load = this.analysis.loads.get(origin.load)!;
+    const dispatch = this.analysis.dispatches.get(origin.load)!;
+    if (jmp !== undefined) this.analysis.dispatches.set(origin.load, { ...dispatch, jmp });
+    if (!load.baseIsImageBase || !dispatch.toImageBase || !this.isConstant(load.table, DWORD)) {
+      this.analysis.outcome = 'wild-jump';
+      return;
+    }
+    // A case that ends in a jump must not be taken for a second dispatch.
+    for (let gpr = 0; gpr < GPR_NAMES.length; gpr++) {
+      if (state.origin(state.get(gpr))?.kind === 'target') state.clobber(gpr);
+    }
+    const proven = Number.isFinite(origin.entries);
+    const entries = readEntries(
+      this.image,
+      load.table,
+      proven ? origin.entries : this.plausibleLength(load.table),
+    );
+    this.spend(entries.byteLength / DWORD);
+    for (let at = 0; at < entries.byteLength; at += DWORD) {
+      this.branch(entries.getUint32(at, true), proven ? state : State.unknown());
+    }
+  }
+
+  /** How long a table of unknown length may be: it ends at what cannot be an entry. */
+  private plausibleLength(table: number): number {
+    let length = this.plausible.get(table);
+    if (length === undefined) {
+      const view = readEntries(this.image, table, MAX_ENTRIES);
+      const most = view.byteLength / DWORD;
+      for (length = 0; length < most; length++) {
+        if (view.getUint32(length * DWORD, true) >= this.image.sizeOfImage) break;
       }
-      this.enterCases(state, origin.load, origin.entries);
-    } else if (!hasRexW(instruction)) this.analysis.outcome = 'wild-jump'; // with REX.W it is a tail call
-  }
-
-  private enterCases(state: State, load: number, entries: number): void {
-    const { table } = this.analysis.loads.get(load)!;
-    if (Number.isFinite(entries)) {
-      const view = readEntries(this.image, table, entries);
-      for (let at = 0; at < view.byteLength; at += DWORD) this.branch(view.getUint32(at, true), state);
-    } else {
-      for (const target of this.plausibleEntries(table)) this.branch(target, State.unknown());
+      this.spend(length);
+      this.plausible.set(table, length);
     }
-  }
-
-  /** What a table of unknown length may hold: everything up to what cannot be an entry. */
-  private plausibleEntries(table: number): number[] {
-    const view = readEntries(this.image, table, MAX_ENTRIES);
-    const entries: number[] = [];
-    for (let at = 0; at < view.byteLength; at += DWORD) {
-      const entry = view.getUint32(at, true);
-      if (entry >= this.image.sizeOfImage) break;
-      entries.push(entry);
-    }
-    return entries;
+    return length;
   }
 
   dwordLoad(state: State, instruction: Instruction, memory: MemoryOperand): View | undefined {
     if (instruction.mnemonic !== Mnemonic.Mov || memory.size !== DWORD) return undefined;
     const load = this.tableLoad(state, instruction, memory);
     if (load === undefined) return undefined;
-    this.analysis.loads.set(load.rva, load);
+    record(this.analysis.loads, load);
     const proven = load.baseIsImageBase && load.maxIndex < MAX_ENTRIES;
     const entries = proven ? load.maxIndex + 1 : Number.POSITIVE_INFINITY;
     return state.fresh(32, undefined, { kind: 'entry', load: load.rva, entries });
@@ -371,26 +468,33 @@ class Interpreter implements TableReader {
   byteLoad(state: State, instruction: Instruction, memory: MemoryOperand): View | undefined {
     if (memory.size !== 1) return undefined;
     const load = this.tableLoad(state, instruction, memory);
-    if (load === undefined || !this.isConstantByteTable(load)) {
-      this.analysis.byteLoads.delete(Number(instruction.ip)); // what was believed before more ways were found
-      return undefined;
-    }
-    this.analysis.byteLoads.set(load.rva, load);
+    if (load === undefined) return undefined;
+    const known = record(this.byteReads, load);
+    if (this.isConstantByteTable(known)) this.analysis.byteLoads.set(load.rva, known);
+    else this.analysis.byteLoads.delete(load.rva);
+    if (!this.isConstantByteTable(load)) return undefined;
+    this.spend(Math.ceil(load.maxIndex / BYTES_PER_STEP));
     const max = this.image.read(load.table, load.maxIndex + 1).reduce((a, b) => Math.max(a, b));
     return state.fresh(8, max, { kind: 'byte', load: load.rva });
   }
 
-  /** Only bytes that nobody writes to bound what the load brings. */
   private isConstantByteTable({ baseIsImageBase, maxIndex, table }: TableLoad): boolean {
-    if (!baseIsImageBase || maxIndex >= MAX_ENTRIES) return false;
-    const section = this.image.sectionAt(table);
-    if (section === undefined || section.writable) return false;
-    return table + maxIndex < section.rva + section.virtualSize;
+    return baseIsImageBase && maxIndex < MAX_ENTRIES && this.isConstant(table, maxIndex + 1);
   }
 
-  targetAdded(load: number, instruction: Instruction, toImageBase: boolean): void {
-    const jmp = this.analysis.dispatches.get(load)?.jmp;
-    this.analysis.dispatches.set(load, { add: instruction, toImageBase, jmp });
+  /** Only what nobody writes to says what a load brings. */
+  private isConstant(rva: number, length: number): boolean {
+    const section = this.image.sectionAt(rva);
+    if (section === undefined || section.writable) return false;
+    return rva + length <= section.rva + section.virtualSize;
+  }
+
+  targetAdded(load: number, add: Instruction, toImageBase: boolean): void {
+    const known = this.analysis.dispatches.get(load);
+    if (known === undefined) this.analysis.dispatches.set(load, { add, toImageBase, jmp: undefined });
+    else if (!toImageBase || known.add.ip !== add.ip) {
+      this.analysis.dispatches.set(load, { ...known, toImageBase: false });
+    }
   }
 
   private tableLoad(state: State, instruction: Instruction, memory: MemoryOperand): TableLoad | undefined {
@@ -420,17 +524,33 @@ class Interpreter implements TableReader {
   }
 
   private contains(rva: number): boolean {
-    return this.code.ranges.some(({ begin, end }) => rva >= begin && rva < end);
+    return rangeAt(this.code.ranges, rva) !== undefined;
   }
 
   private decode(rva: number): Instruction | undefined {
     const known = this.decoded.get(rva);
     if (known !== undefined) return known;
-    const piece = this.disassemblers.find(({ range }) => rva >= range.begin && rva < range.end);
-    const instruction = piece?.disassembler.at(rva - piece.range.begin);
+    const range = rangeAt(this.code.ranges, rva);
+    const instruction = range && this.disassemblers.get(range)!.at(rva - range.begin);
     if (instruction !== undefined) this.decoded.set(rva, instruction);
     return instruction;
   }
+}
+
+/** Notes a load, and returns what holds of it in whichever block it is reached. */
+function record(loads: Map<number, TableLoad>, load: TableLoad): TableLoad {
+  const known = loads.get(load.rva);
+  const merged =
+    known === undefined
+      ? load
+      : {
+          ...load,
+          maxIndex: Math.max(known.maxIndex, load.maxIndex),
+          baseIsImageBase: known.baseIsImageBase && load.baseIsImageBase && known.base === load.base,
+          byteLoad: known.byteLoad === load.byteLoad ? load.byteLoad : undefined,
+        };
+  loads.set(load.rva, merged);
+  return merged;
 }
 
 function assume(state: State, relation: ReturnType<typeof relationOf>): void {

@@ -14,9 +14,13 @@ export interface FunctionCode {
   readonly ranges: readonly CodeRange[];
   /** Where control may come from outside; nothing is known there. */
   readonly roots: readonly number[];
+  /** It is such a gap: more functions than the roots say may begin in it. */
+  readonly leaf: boolean;
 }
 
-const FUNCTION_ALIGNMENT = 16;
+/** More than any compiled function has; and gaps of this size are no leaf functions. */
+export const MAX_FUNCTION_BYTES = 512 * 1024;
+export const START_ALIGNMENT = 16;
 const PADDING = 0xcc;
 /** A __try block more is not compiled C. */
 const MAX_SCOPES = 1024;
@@ -32,23 +36,38 @@ export function functionAt(image: ImageBytes, table: FunctionTable, rva: number)
   const entry = table.entryAt(rva);
   if (entry !== undefined) {
     const ranges = table.fragmentsOf(entry);
-    return { ranges, roots: [ranges[0]!.begin, ...exceptionTargets(image, table, ranges)] };
+    // The start is not always the lowest fragment: cold ones may lie before it.
+    return { ranges, roots: [table.startOf(entry), ...exceptionTargets(image, table, ranges)], leaf: false };
   }
   const gap = table.gapAround(rva, section.rva, section.rva + section.virtualSize);
   return gap.begin === gap.end ? undefined : leafCode(image, gap);
 }
 
+/** The one of `ranges`, which ascend and do not overlap, that holds `rva`. */
+export function rangeAt<Range extends CodeRange>(ranges: readonly Range[], rva: number): Range | undefined {
+  let low = 0;
+  let high = ranges.length;
+  while (low < high) {
+    const middle = (low + high) >>> 1;
+    if (ranges[middle]!.end <= rva) low = middle + 1;
+    else high = middle;
+  }
+  const range = ranges[low];
+  return range !== undefined && range.begin <= rva ? range : undefined;
+}
+
 /** Leaf functions have no entry: each place that looks like the start of one is taken as a start. */
 function leafCode(image: ImageBytes, gap: CodeRange): FunctionCode {
+  if (gap.end - gap.begin > MAX_FUNCTION_BYTES) return { ranges: [gap], roots: [], leaf: true };
   const bytes = image.read(gap.begin, gap.end - gap.begin);
   const roots: number[] = [];
-  const first = Math.ceil(gap.begin / FUNCTION_ALIGNMENT) * FUNCTION_ALIGNMENT;
-  for (let rva = first; rva < gap.end; rva += FUNCTION_ALIGNMENT) {
+  const first = Math.ceil(gap.begin / START_ALIGNMENT) * START_ALIGNMENT;
+  for (let rva = first; rva < gap.end; rva += START_ALIGNMENT) {
     const offset = rva - gap.begin;
     const afterPadding = offset === 0 || bytes[offset - 1] === PADDING;
     if (afterPadding && bytes[offset] !== PADDING) roots.push(rva);
   }
-  return { ranges: [gap], roots };
+  return { ranges: [gap], roots, leaf: true };
 }
 
 /** Where `__except` blocks begin: the unwinder jumps there with any register values. */

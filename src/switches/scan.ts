@@ -1,6 +1,6 @@
 import { FunctionTable } from '../nt/pdata.js';
 import type { PeImage, Section } from '../nt/pe.js';
-import { functionAt } from './functions.js';
+import { functionAt, rangeAt } from './functions.js';
 import { SwitchRecogniser, type SwitchSite } from './table.js';
 
 /** `8B /r` with a SIB byte and a 32-bit displacement: every dword load of a table looks like this. */
@@ -17,15 +17,20 @@ export function scanImage(image: PeImage): SwitchSite[] {
   const functions = FunctionTable.read(image);
   const recogniser = new SwitchRecogniser(image, functions);
   const sites = new Map<number, SwitchSite>();
+  /** By the lowest fragment of the function. */
+  const analysed = new Set<number>();
   for (const section of image.sections) {
     if (!section.executable) continue;
-    let analysed = section.rva;
+    let looked = section.rva;
     for (const rva of likelyLoads(image, section)) {
-      if (rva < analysed && sites.has(rva)) continue;
+      if (rva < looked) continue;
       const code = functionAt(image, functions, rva);
-      const range = code?.ranges.find(({ begin, end }) => rva >= begin && rva < end);
-      if (range === undefined || rva < analysed) continue;
-      analysed = range.end;
+      const range = code && rangeAt(code.ranges, rva);
+      if (range === undefined) continue;
+      looked = range.end;
+      const first = code!.ranges[0]!.begin;
+      if (analysed.has(first)) continue;
+      analysed.add(first);
       for (const site of recogniser.switchesAround(rva)) sites.set(site.rva, site);
     }
   }

@@ -59,6 +59,9 @@ export function widthMax(width: Width): number {
 const UNKNOWN: readonly number[] = WIDTHS.map(widthMax);
 const RSP = 4;
 
+/** Compiled functions have fewer that matter. */
+const MAX_SLOTS = 256;
+
 /** A slot of the stack frame, keyed by its offset from RSP. */
 interface Slot {
   readonly view: View;
@@ -102,6 +105,10 @@ export class State {
   forget(): void {
     for (let register = 0; register < GPR_NAMES.length; register++) this.clobber(register);
     this.flags = undefined;
+  }
+
+  get quantityCount(): number {
+    return this.quantities.length;
   }
 
   // Quantities and views
@@ -217,6 +224,7 @@ export class State {
     this.forgetSlots(offset, width / 8);
     // A narrower sign extension is not the slot's content; keep only how large it can be.
     const content = view.signed && view.width < width ? this.fresh(width, this.bound(view, width)) : view;
+    if (this.slots.size >= MAX_SLOTS) this.slots.clear();
     this.slots.set(offset, { view: this.low(content, width), width });
   }
 

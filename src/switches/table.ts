@@ -1,6 +1,6 @@
 import type { FunctionTable } from '../nt/pdata.js';
 import type { ImageBytes } from '../nt/pe.js';
-import { gprName, type Instruction, Mnemonic } from '../x86/instruction.js';
+import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Mnemonic } from '../x86/instruction.js';
 import type { GprName } from '../x86/registers.js';
 import {
   type Analysis,
@@ -126,12 +126,10 @@ export class SwitchRecogniser {
     const code = functionAt(this.image, this.functions, rva);
     if (code === undefined) return undefined;
     const key = code.ranges[0]!.begin;
-    let analysis = this.analyses.get(key);
-    if (analysis === undefined) {
-      analysis = analyse(this.image, code);
-      if (this.analyses.size >= KEPT_ANALYSES) this.analyses.delete(this.analyses.keys().next().value!);
-      this.analyses.set(key, analysis);
-    }
+    const analysis = this.analyses.get(key) ?? analyse(this.image, code);
+    this.analyses.delete(key); // back in as the last one used
+    this.analyses.set(key, analysis);
+    if (this.analyses.size > KEPT_ANALYSES) this.analyses.delete(this.analyses.keys().next().value!);
     return analysis;
   }
 
@@ -186,7 +184,6 @@ export class SwitchRecogniser {
     dispatch: Dispatch | undefined,
   ): RefusalReason | undefined {
     if (dispatch?.jmp === undefined) return 'not-a-switch';
-    if (analysis.outcome === 'wild-jump') return 'indirect-jump-unresolved';
     if (load.instruction.length < NEAR_JUMP_LENGTH) return 'shorter-than-a-jump';
     if (destinationOf(load) === 'rsp') return 'stack-pointer-as-destination';
     if (!load.baseIsImageBase || !dispatch.toImageBase) return 'base-not-proven';
@@ -194,6 +191,7 @@ export class SwitchRecogniser {
     if (section === undefined) return 'table-outside-image';
     if (!section.executable) return 'table-not-in-executable-section';
     if (section.writable) return 'table-in-writable-section';
+    if (analysis.outcome === 'wild-jump') return 'indirect-jump-unresolved';
     if (load.maxIndex >= MAX_ENTRIES) return 'bound-not-proven';
     const end = load.table + (load.maxIndex + 1) * DWORD;
     if (end > section.rva + section.virtualSize) return 'table-outside-image';
@@ -201,14 +199,11 @@ export class SwitchRecogniser {
   }
 
   private whyOverlapping(analysis: Analysis, load: TableLoad, end: number): RefusalReason | undefined {
-    for (const [rva, { length }] of analysis.instructions) {
-      if (rva < end && load.table < rva + length) return 'table-overlaps-code';
+    for (let rva = load.table - MAX_INSTRUCTION_LENGTH + 1; rva < end; rva++) {
+      const instruction = analysis.instructions.get(rva);
+      if (instruction !== undefined && rva + instruction.length > load.table) return 'table-overlaps-code';
     }
-    const others = [...analysis.loads.values()].filter(({ rva }) => analysis.dispatches.has(rva));
-    for (const { table } of [...others, ...analysis.byteLoads.values()]) {
-      if (table > load.table && table < end) return 'table-overlaps-table';
-    }
-    return undefined;
+    return analysis.tableBetween(load.table + 1, end) ? 'table-overlaps-table' : undefined;
   }
 
   private whyEntryWrong(analysis: Analysis, load: TableLoad): RefusalReason | undefined {

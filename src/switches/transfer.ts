@@ -130,6 +130,7 @@ function compute(state: State, instruction: Instruction, tables: TableReader): b
     case Mnemonic.Shr: {
       if (second?.kind !== 'immediate') return false;
       const count = Number(second.value) & (width === 64 ? 63 : 31);
+      if (count === 0) return false;
       const before = state.bound(state.low(state.get(gpr), width), width);
       const after = Number.isFinite(before) ? Math.floor(before / 2 ** count) : 2 ** (width - count) - 1;
       state.flags = undefined;
@@ -328,15 +329,19 @@ function isStackStore({ operands: [first] }: Instruction): boolean {
 /** A store that is not to a known slot may hit any of them, unless it is to the image itself. */
 function forgetStored(state: State, instruction: Instruction): void {
   for (const operand of instruction.operands) {
-    if (operand.kind !== 'memory' || !operand.writes || operand.base === Register.RIP) continue;
+    if (operand.kind !== 'memory' || !operand.writes) continue;
+    if (operand.base === Register.RIP && !operand.segmented) continue;
     if (isStackSlot(operand) && operand.size > 0) {
       state.forgetSlots(Number(operand.displacement), operand.size);
     } else state.forgetAllSlots();
   }
 }
 
-function isStackSlot({ base, index, addressSize, segmented }: MemoryOperand): boolean {
-  return base === Register.RSP && index === Register.None && addressSize === 8 && !segmented;
+/** Below RSP nothing is a slot: an interrupt in kernel mode writes there. */
+function isStackSlot({ base, index, addressSize, segmented, displacement }: MemoryOperand): boolean {
+  return (
+    base === Register.RSP && index === Register.None && addressSize === 8 && !segmented && displacement >= 0n
+  );
 }
 
 /** What an operand of `width` bits is; a memory operand that is no slot is a new unknown of its size. */
