@@ -30,8 +30,8 @@ const STEPS_PER_BYTE = 32;
 const BASE_STEPS = 10_000;
 /** A block that is still changing after this many visits is taken as unknown. */
 const MAX_VISITS = 64;
-/** Bytes of a byte table that cost as much as a step. */
-const BYTES_PER_STEP = 16;
+/** Entries of a table that cost as much to read as a step. */
+const ENTRIES_PER_STEP = 16;
 /** A state with more quantities than this is renumbered, so that copies of it stay cheap. */
 const MAX_QUANTITIES = 1024;
 const FAST_FAIL = 0x29n;
@@ -434,22 +434,27 @@ class Interpreter implements TableReader {
       load.table,
       proven ? origin.entries : this.plausibleLength(load.table),
     );
-    this.spend(entries.byteLength / DWORD);
+    this.spend(Math.ceil(entries.byteLength / DWORD / ENTRIES_PER_STEP));
     for (let at = 0; at < entries.byteLength; at += DWORD) {
-      this.branch(entries.getUint32(at, true), proven ? state : State.unknown());
+      const target = entries.getUint32(at, true);
+      if (!this.contains(target)) continue;
+      this.spend(1);
+      this.branch(target, proven ? state : State.unknown());
     }
   }
 
-  /** How long a table of unknown length may be: it ends at what cannot be an entry. */
+  /** How long a table of unknown length may be: it ends at what cannot be an entry, or with its section. */
   private plausibleLength(table: number): number {
     let length = this.plausible.get(table);
     if (length === undefined) {
-      const view = readEntries(this.image, table, MAX_ENTRIES);
+      const section = this.image.sectionAt(table);
+      const room = section === undefined ? 0 : section.rva + section.virtualSize - table;
+      const view = readEntries(this.image, table, Math.min(MAX_ENTRIES, Math.floor(room / DWORD)));
       const most = view.byteLength / DWORD;
       for (length = 0; length < most; length++) {
         if (view.getUint32(length * DWORD, true) >= this.image.sizeOfImage) break;
       }
-      this.spend(length);
+      this.spend(Math.ceil(length / ENTRIES_PER_STEP));
       this.plausible.set(table, length);
     }
     return length;
@@ -473,7 +478,7 @@ class Interpreter implements TableReader {
     if (this.isConstantByteTable(known)) this.analysis.byteLoads.set(load.rva, known);
     else this.analysis.byteLoads.delete(load.rva);
     if (!this.isConstantByteTable(load)) return undefined;
-    this.spend(Math.ceil(load.maxIndex / BYTES_PER_STEP));
+    this.spend(Math.ceil(load.maxIndex / ENTRIES_PER_STEP));
     const max = this.image.read(load.table, load.maxIndex + 1).reduce((a, b) => Math.max(a, b));
     return state.fresh(8, max, { kind: 'byte', load: load.rva });
   }
