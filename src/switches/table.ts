@@ -195,15 +195,7 @@ export class SwitchRecogniser {
     if (load.maxIndex >= MAX_ENTRIES) return 'bound-not-proven';
     const end = load.table + (load.maxIndex + 1) * DWORD;
     if (end > section.rva + section.virtualSize) return 'table-outside-image';
-    return this.whyOverlapping(analysis, load, end) ?? this.whyEntryWrong(analysis, load);
-  }
-
-  private whyOverlapping(analysis: Analysis, load: TableLoad, end: number): RefusalReason | undefined {
-    for (let rva = load.table - MAX_INSTRUCTION_LENGTH + 1; rva < end; rva++) {
-      const instruction = analysis.instructions.get(rva);
-      if (instruction !== undefined && rva + instruction.length > load.table) return 'table-overlaps-code';
-    }
-    return analysis.tableBetween(load.table + 1, end) ? 'table-overlaps-table' : undefined;
+    return this.whyEntryWrong(analysis, load) ?? whyOverlapping(analysis, load.table, end);
   }
 
   private whyEntryWrong(analysis: Analysis, load: TableLoad): RefusalReason | undefined {
@@ -211,7 +203,9 @@ export class SwitchRecogniser {
       if (entry === 0) continue; // an unreachable case
       if (entry >= this.image.sizeOfImage) return 'entry-outside-image';
       if (!this.image.sectionAt(entry)?.executable) return 'entry-not-executable';
-      if (!analysis.instructions.has(entry)) return 'entry-not-an-instruction';
+      if (!analysis.instructions.has(entry) || overlapsCode(analysis, entry, entry)) {
+        return 'entry-not-an-instruction';
+      }
     }
     return undefined;
   }
@@ -220,6 +214,20 @@ export class SwitchRecogniser {
     const view = readEntries(this.image, table, count);
     return Array.from({ length: view.byteLength / DWORD }, (_, index) => view.getUint32(index * DWORD, true));
   }
+}
+
+function whyOverlapping(analysis: Analysis, begin: number, end: number): RefusalReason | undefined {
+  if (overlapsCode(analysis, begin, end)) return 'table-overlaps-code';
+  return analysis.tableBetween(begin + 1, end) ? 'table-overlaps-table' : undefined;
+}
+
+/** Whether an instruction begins in `[begin, end)`, or reaches over `begin` from before. */
+function overlapsCode({ instructions }: Analysis, begin: number, end: number): boolean {
+  for (let rva = begin - MAX_INSTRUCTION_LENGTH + 1; rva < end; rva++) {
+    const instruction = instructions.get(rva);
+    if (instruction !== undefined && rva + instruction.length > begin) return true;
+  }
+  return false;
 }
 
 function refuse(rva: number, reason: RefusalReason): RefusedSwitch {
