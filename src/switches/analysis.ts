@@ -399,9 +399,12 @@ class Interpreter implements TableReader {
 
   /** A retpoline kernel's rewritten switch leaves by a direct jump to a thunk that jumps to the register. */
   private jumpDirectly(state: State, instruction: Instruction, leaves: boolean): void {
-    const origins = GPR_NAMES.map((_, gpr) => state.origin(state.get(gpr)));
-    const origin = origins.find((candidate) => candidate?.kind === 'target');
-    if (origin?.kind === 'target') this.takeSwitch(state, origin, leaves ? instruction : undefined);
+    for (let gpr = 0; gpr < GPR_NAMES.length; gpr++) {
+      const origin = state.origin(state.get(gpr));
+      if (origin?.kind !== 'target' || !this.analysis.dispatches.get(origin.load)?.toImageBase) continue;
+      this.takeSwitch(state, origin, leaves ? instruction : undefined);
+      return;
+    }
   }
 
   private jumpIndirectly(state: State, instruction: Instruction): void {

@@ -212,6 +212,13 @@ next: test r8d, r8d
       and rax, -8${IMAGE_BASE}${DISPATCH}`,
   },
   {
+    hazard: 'a slot below rsp, which an interrupt overwrites',
+    code: `mov [rsp-8], eax
+      cmp eax, 4
+      ja default
+      mov eax, [rsp-8]${IMAGE_BASE}${DISPATCH}`,
+  },
+  {
     hazard: 'an or with an unknown after the guard',
     code: `cmp eax, 4
       ja default
@@ -229,6 +236,7 @@ const SLOTS: Omit<Refusal, 'reason'>[] = [
   ['a slot that pop overwrites', 'pop qword ptr [rsp+0x18]\n push rcx'],
   ['a slot that xchg overwrites', 'xchg [rsp+0x20], r9d'],
   ['a slot that cmpxchg may overwrite', 'lock cmpxchg [rsp+0x20], r9d'],
+  ['a slot that a store relative to gs may hit', 'mov gs:[rip+image], r9d'],
   ['a slot that inc changes', 'inc dword ptr [rsp+0x20]'],
 ].map(([hazard, change]) => ({
   hazard: hazard!,
