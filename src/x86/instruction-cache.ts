@@ -49,6 +49,7 @@ export class InstructionCache {
 
   /** Drops every instruction that has a byte in `[address, address + length)`; returns how many. */
   invalidate(address: Gva, length: number): number {
+    if (length <= 0) return 0;
     let dropped = 0;
     const reach = BigInt(MAX_INSTRUCTION_LENGTH - 1);
     for (let rip = address - reach; rip < address + BigInt(length); rip++) {

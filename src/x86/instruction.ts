@@ -113,7 +113,12 @@ export class Disassembler {
     this.decoder.decodeOut(this.instruction);
     if (this.instruction.isInvalid) return undefined;
     const { length } = this.instruction;
-    return detach(this.instruction, this.infos, this.bytes.slice(offset, offset + length));
+    // A copy: `slice` of a Buffer would be none.
+    return detach(
+      this.instruction,
+      this.infos,
+      Uint8Array.from(this.bytes.subarray(offset, offset + length)),
+    );
   }
 
   free(): void {
