@@ -72,16 +72,15 @@ export class SessionEvents {
   /** Runs inside the library: must return an answer whatever happens. */
   #answerViolation(): number {
     if (this.handler === undefined) return abi.RESPONSE_NONE;
-    const violation = new OpenViolation(this.#violation);
-    this.#open = violation;
     try {
-      const data = this.handler(violation);
+      this.#open = new OpenViolation(this.#violation);
+      const data = this.handler(this.#open);
       return data === undefined ? abi.RESPONSE_NONE : this.#substitute(data);
     } catch (error) {
       this.#failure ??= { error };
       return abi.RESPONSE_NONE;
     } finally {
-      violation.close();
+      this.#open?.close();
       this.#open = undefined;
     }
   }

@@ -14,13 +14,6 @@ export class NativeBlock {
     this.address = koffi.address(this.bytes);
   }
 
-  static ofString(text: string): NativeBlock {
-    const bytes = Buffer.from(`${text}\0`, 'utf8');
-    const block = new NativeBlock(bytes.length);
-    block.bytes.set(bytes);
-    return block;
-  }
-
   u32(offset: number): number {
     return this.view.getUint32(offset, true);
   }

@@ -4,6 +4,7 @@ import type { Hypervisor, ViolationHandler } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
 import { NativeCalls } from './calls.js';
+import { cutConnection } from './cut.js';
 import { SessionEvents } from './events.js';
 import { type Argument, loadLibvmi } from './library.js';
 import { NativeBlock } from './native-block.js';
@@ -50,7 +51,7 @@ export function openSession(options: SessionOptions): LibvmiSession {
   }
   prepareSocketPath(options.socket);
   const calls = new NativeCalls(loadLibvmi(options.libraryPath), new Heartbeat(options.heartbeat));
-  const session = new LibvmiSession(calls, connect(calls, options));
+  const session = new LibvmiSession(calls, connect(calls, options), options.socket);
   try {
     session.start();
     return session;
@@ -62,11 +63,13 @@ export function openSession(options: SessionOptions): LibvmiSession {
 
 /** Returns the `vmi_instance_t`. */
 function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
-  const path = NativeBlock.ofString(socket);
-  const initData = new NativeBlock(abi.INIT_DATA.size);
+  // The path lies in the same block: nothing else would keep it where the entry points to.
+  const path = Buffer.from(`${socket}\0`, 'utf8');
+  const initData = new NativeBlock(abi.INIT_DATA.size + path.length);
+  initData.bytes.set(path, abi.INIT_DATA.size);
   initData.setU64(abi.INIT_DATA.count, 1n);
   initData.setU64(abi.INIT_DATA.entryType, BigInt(abi.INIT_DATA_KVMI_SOCKET));
-  initData.setU64(abi.INIT_DATA.entryData, path.address);
+  initData.setU64(abi.INIT_DATA.entryData, initData.address + BigInt(abi.INIT_DATA.size));
   const instance = new NativeBlock(abi.POINTER_SIZE);
   const reason = new NativeBlock(Uint32Array.BYTES_PER_ELEMENT);
   const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
@@ -115,6 +118,7 @@ export class LibvmiSession implements Hypervisor {
   readonly maxPhysicalAddress: Gpa;
   readonly #calls: NativeCalls;
   readonly #instance: bigint;
+  readonly #socket: string;
   readonly #events: SessionEvents;
   readonly #trapped = new Set<Gfn>();
   readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
@@ -124,9 +128,10 @@ export class LibvmiSession implements Hypervisor {
   #closed = false;
 
   /** Use `openSession`. */
-  constructor(calls: NativeCalls, instance: bigint) {
+  constructor(calls: NativeCalls, instance: bigint, socket: string) {
     this.#calls = calls;
     this.#instance = instance;
+    this.#socket = socket;
     this.vcpuCount = calls.call('vmi_get_num_vcpus', instance);
     this.#events = new SessionEvents(this.vcpuCount, calls.heartbeat);
     this.maxPhysicalAddress = calls.call64('vmi_get_max_physical_address', instance);
@@ -204,6 +209,7 @@ export class LibvmiSession implements Hypervisor {
     this.#pauses++;
   }
 
+  /** @throws MemtablesError `HYPERVISOR_STUCK` when a vCPU does not stop; the guest has been let go then */
   resume(): void {
     this.#assertOutsideHandler('resume');
     if (this.#pauses === 0) {
@@ -212,9 +218,9 @@ export class LibvmiSession implements Hypervisor {
       });
     }
     const status = this.#pauses === 1 ? this.#call('vmi_resume_vm') : abi.STATUS_SUCCESS;
-    if (status === abi.STATUS_SUCCESS) this.#pauses--;
+    if (status !== abi.STATUS_SUCCESS) this.#failResume();
+    this.#pauses--;
     this.#events.rethrow();
-    if (status !== abi.STATUS_SUCCESS) this.#fail('vmi_resume_vm');
   }
 
   trapAccess(gfn: Gfn): void {
@@ -328,12 +334,28 @@ export class LibvmiSession implements Hypervisor {
     });
   }
 
+  /** Some vCPUs run again and others do not: a pause would no longer mean that nothing runs. */
+  #failResume(): never {
+    this.#assertStillThere();
+    this.#leave();
+    throw new MemtablesError('HYPERVISOR_STUCK', 'a vCPU did not stop, so the guest could not be resumed', {
+      remedy: 'The guest was let go; if a journal was left behind, recover from it, then attach again.',
+      context: { call: 'vmi_resume_vm' },
+    });
+  }
+
   /** libvmi does not say whether a call failed because nobody is there: ask what is always answered. */
   #assertStillThere(): void {
     const firstVcpu = 0;
     if (this.#call('vmi_get_vcpuregs', this.#registers.address, firstVcpu) === abi.STATUS_SUCCESS) return;
-    this.#gone = true;
+    this.#leave();
     throw this.#unavailable();
+  }
+
+  /** Gives the hypervisor up. One that is silent would be waited for again by every single step of detaching. */
+  #leave(): void {
+    this.#gone = true;
+    cutConnection(this.#socket);
   }
 
   #unavailable(): MemtablesError {

@@ -1,15 +1,13 @@
-import { readFileSync, rmSync, type Stats, statSync } from 'node:fs';
+import { rmSync, type Stats, statSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { MemtablesError } from '../errors.js';
+import { unixSocketsAt } from './unix-sockets.js';
 
 /** What a unix socket's address holds, without the final zero; libkvmi cuts a longer path off silently. */
 const MAX_PATH_BYTES = 107;
 
 /** libvmi's driver takes such a path for the number of a vsock port (C's `atoi` is above 0). */
 const READS_AS_PORT = /^\s*\+?0*[1-9]/;
-
-/** A socket that somebody listens on, in the flags of `/proc/net/unix`. */
-const ACCEPTS_CONNECTIONS = 0x10000;
 
 /**
  * Makes sure that a library can listen on `path`, and removes the socket that an earlier run left there.
@@ -66,12 +64,5 @@ function stat(path: string): Stats | undefined {
 }
 
 function isListenedOn(path: string): boolean {
-  const bound = new Set([path, resolve(path)]);
-  return readFileSync('/proc/net/unix', 'utf8')
-    .split('\n')
-    .some((line) => {
-      // Num: RefCount Protocol Flags Type St Inode Path
-      const [, , , flags = '0', , , , ...name] = line.trim().split(/\s+/);
-      return bound.has(name.join(' ')) && (Number.parseInt(flags, 16) & ACCEPTS_CONNECTIONS) !== 0;
-    });
+  return unixSocketsAt([path, resolve(path)]).some(({ listening }) => listening);
 }

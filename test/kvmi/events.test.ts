@@ -1,4 +1,5 @@
 import { afterEach, describe, expect, it } from 'vitest';
+import { eventually } from './eventually.js';
 import { Access, EventId, Id, type PeerOptions, type ScriptedPeer } from './peer.js';
 import { attach, isBundled, type Program } from './program.js';
 
@@ -43,7 +44,7 @@ describe('watching a frame', () => {
     await start();
     expect(await program.result(`watch 0 5 ${access}`)).toBe('1');
     expect(pageAccesses()).toEqual([]);
-    if (access === R) await expect.poll(() => program.stderr).toContain('unsupported by EPT');
+    if (access === R) await eventually(() => program.stderr).toContain('unsupported by EPT');
   });
 
   it('twice, or with a generic event, or against the hypervisor, is refused', async () => {
@@ -302,7 +303,7 @@ describe('clearing inside a callback', () => {
     expect(result).toBe('0');
     expect(events.slice(1)).toEqual(['in clear 0', 'in clear 1', 'freed slot=0 status=0']);
     await peer.reply(first);
-    expect(peer.received.slice(before).map((m) => m.id)).toEqual([
+    await eventually(() => peer.received.slice(before).map((m) => m.id)).toEqual([
       Id.eventReply,
       Id.controlCommandResponse,
       Id.pauseVcpu,

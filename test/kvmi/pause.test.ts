@@ -1,4 +1,5 @@
 import { afterEach, describe, expect, it } from 'vitest';
+import { eventually } from './eventually.js';
 import { EventId, Id, type PeerOptions, type ScriptedPeer } from './peer.js';
 import { attach, isBundled, type Program } from './program.js';
 
@@ -30,7 +31,7 @@ describe('pausing', () => {
     const numbers = peer.received.slice(before).map((m) => m.seq);
     expect(numbers).toEqual(numbers.map((_, i) => numbers[0]! + i));
     expect(await program.run('resume')).toEqual({ result: '0', events: [] });
-    await expect.poll(() => peer.log(before + BATCH.length)).toEqual([letGo(0), letGo(1)]);
+    await eventually(() => peer.log(before + BATCH.length)).toEqual([letGo(0), letGo(1)]);
   });
 
   it('nests', async () => {
@@ -39,7 +40,7 @@ describe('pausing', () => {
     for (const command of ['pause', 'pause', 'resume']) expect(await program.result(command)).toBe('0');
     expect(peer.log(before)).toEqual(BATCH);
     await program.run('resume');
-    await expect.poll(() => peer.log(before).length).toBe(BATCH.length + 2);
+    await eventually(() => peer.log(before).length).toBe(BATCH.length + 2);
     expect(await program.result('resume')).toBe('0');
     await program.run('pause');
     expect(peer.log(before + BATCH.length + 2)).toEqual(BATCH);
@@ -88,7 +89,7 @@ describe('resuming', () => {
     expect(events).toHaveLength(1);
     expect((await peer.reply(seq)).body.toString('hex', 32, 36)).toBe('11223344');
     // The event, then both pauses.
-    await expect.poll(() => peer.all(Id.eventReply).length).toBe(3);
+    await eventually(() => peer.all(Id.eventReply).length).toBe(3);
   });
 
   it('waits for a vCPU that reports its pause late', async () => {
@@ -110,7 +111,7 @@ describe('resuming', () => {
     await peer.reply(first);
     peer.raise(1, EventId.pause);
     expect(await program.result('resume')).toBe('0');
-    await expect.poll(() => peer.all(Id.eventReply).length).toBe(2);
+    await eventually(() => peer.all(Id.eventReply).length).toBe(2);
   });
 
   it.runIf(isBundled)(
@@ -124,7 +125,7 @@ describe('resuming', () => {
       expect(result).toBe('0');
       expect(events.slice(1)).toEqual(['in pause 0', 'in resume 1']);
       expect(await program.result('resume')).toBe('0');
-      await expect.poll(() => peer.all(Id.eventReply).length).toBe(3);
+      await eventually(() => peer.all(Id.eventReply).length).toBe(3);
     },
   );
 

@@ -60,11 +60,12 @@ export interface EventAnswer {
   readonly data: Uint8Array;
 }
 
-/** What to do when a command of this id arrives next, before it is carried out. */
+/** What to do when a message of this id arrives next, before it is carried out. */
 export interface Trap {
   readonly command: number;
   readonly vcpu?: number;
-  readonly action: 'die' | 'ignore' | PageFault;
+  /** Ends the connection; reads and answers nothing from here on; answers with an error; raises an event. */
+  readonly action: 'die' | 'ignore' | 'refuse' | PageFault;
 }
 
 interface Vcpu {
@@ -92,6 +93,8 @@ let socket: Socket | undefined;
 let connections = 0;
 let replying = true;
 let ignoring = false;
+/** A vCPU that is told to pause and never reports that it has. */
+let restless: number | undefined;
 let seq = 1000;
 let stopped = false;
 
@@ -179,27 +182,25 @@ function send(id: number, sequence: number, body: Buffer): void {
 
 function receive(id: number, sequence: number, body: Buffer): void {
   if (ignoring) return;
+  if (id !== EVENT_REPLY) commands.push(id);
+  const trapped = traps.findIndex(
+    (trap) => trap.command === id && (trap.vcpu === undefined || trap.vcpu === body.readUInt16LE(0)),
+  );
+  const action = trapped >= 0 ? traps.splice(trapped, 1)[0]!.action : undefined;
+  if (action === 'die') {
+    socket?.destroy();
+    return;
+  }
+  if (action === 'ignore') {
+    ignoring = true;
+    return;
+  }
+  if (action !== undefined && action !== 'refuse') raiseFault(action);
   if (id === EVENT_REPLY) {
     receiveAnswer(body);
     return;
   }
-  commands.push(id);
-  const trapped = traps.findIndex(
-    (trap) => trap.command === id && (trap.vcpu === undefined || trap.vcpu === body.readUInt16LE(0)),
-  );
-  if (trapped >= 0) {
-    const [trap] = traps.splice(trapped, 1);
-    if (trap!.action === 'die') {
-      socket?.destroy();
-      return;
-    }
-    if (trap!.action === 'ignore') {
-      ignoring = true;
-      return;
-    }
-    raiseFault(trap!.action);
-  }
-  const result = perform(id, body);
+  const result = action === 'refuse' ? EINVAL : perform(id, body);
   if (!replying) {
     // The command that switches replies back on is itself answered.
     if (id !== CONTROL_CMD_RESPONSE) return;
@@ -318,7 +319,7 @@ function raiseFault({ vcpu, gva, gpa, access: bits, rip }: PageFault): void {
 
 function reportPause(index: number): void {
   const vcpu = vcpus[index]!;
-  if (vcpu.outstanding !== undefined || vcpu.pendingPauses === 0) return;
+  if (index === restless || vcpu.outstanding !== undefined || vcpu.pendingPauses === 0) return;
   vcpu.pendingPauses--;
   raise(index, PAUSE_EVENT, Buffer.alloc(0));
 }
@@ -346,6 +347,9 @@ const operations = {
   /** An event as it stands, of a kind and with a body that nobody expects. */
   event: (vcpu: number, event: number, specific: Uint8Array) => raise(vcpu, event, Buffer.from(specific)),
   onCommand: (trap: Trap) => void traps.push(trap),
+  neverPauses: (vcpu: number) => {
+    restless = vcpu;
+  },
   setMemory: (gpa: number, bytes: Uint8Array) => memory.set(bytes, gpa),
   memory: (gpa: number, length: number) => new Uint8Array(memory.subarray(gpa, gpa + length)),
   setRegister: (vcpu: number, offset: number, value: bigint) => {

@@ -1,6 +1,8 @@
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setFlagsFromString } from 'node:v8';
+import { runInNewContext } from 'node:vm';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { MemtablesError } from '../../src/errors.js';
@@ -23,10 +25,18 @@ const EXECUTE = 4;
 const ALL_ACCESS = 7;
 const EXECUTE_ONLY = 4;
 
+const EVENT_REPLY = 0;
+const GET_VERSION = 2;
+const GET_GUEST_INFO = 5;
 const PAUSE_VCPU = 7;
+const CONTROL_EVENTS = 9;
 const GET_REGISTERS = 13;
+const SET_REGISTERS = 14;
 const READ_PHYSICAL = 17;
+const WRITE_PHYSICAL = 18;
 const SET_PAGE_ACCESS = 21;
+const CONTROL_CMD_RESPONSE = 27;
+const GET_MAX_GFN = 29;
 const SINGLE_STEP_EVENT = 11;
 const CR0 = 224;
 
@@ -159,6 +169,15 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       const session = open();
       session.readPhysical(0x5000n, 1);
       peer.ask('setMemory', 0x5000, Buffer.from([0x5a]));
+      session.flushCaches();
+      expect(session.readPhysical(0x5000n, 1)[0]).toBe(0x5a);
+    });
+
+    test('that was refused once is asked for again after the caches were flushed', () => {
+      peer.ask('setMemory', 0x5000, Buffer.from([0x5a]));
+      const session = open();
+      peer.ask('onCommand', { command: READ_PHYSICAL, action: 'refuse' });
+      expect(codeOf(() => session.readPhysical(0x5000n, 1))).toBe('HYPERVISOR_FAILED');
       session.flushCaches();
       expect(session.readPhysical(0x5000n, 1)[0]).toBe(0x5a);
     });
@@ -449,6 +468,27 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       expect(kept?.rip).toBe(0xffff_f800_0000_0042n);
     });
 
+    test('what the library points to stays in place while garbage is collected, also inside the handler', () => {
+      setFlagsFromString('--expose-gc');
+      const collect = runInNewContext('gc') as () => void;
+      const session = open();
+      const data = Uint8Array.from({ length: 256 }, (_, i) => i ^ 0x5a);
+      session.onViolation((violation) => {
+        collect();
+        return violation.register('rax') === 0x77n ? data : undefined;
+      });
+      peer.ask('setRegister', 0, 0, 0x77n);
+      for (let round = 0; round < 4; round++) {
+        collect();
+        // What was freed is used again.
+        const garbage = Array.from({ length: 200 }, () => new Uint8Array(128).fill(0xff));
+        peer.ask('fault', fault());
+        expect(session.listen(PATIENCE_MS)).toBe(1);
+        expect(garbage).toHaveLength(200);
+        expect(peer.ask('answers', 1)).toMatchObject([{ dataAddress: GVA, data }]);
+      }
+    });
+
     test('a single step that nobody asked for is answered', () => {
       const session = open();
       peer.ask('event', 1, SINGLE_STEP_EVENT, new Uint8Array(8));
@@ -556,11 +596,32 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       ['a translation', READ_PHYSICAL, (session) => session.translate(0x9000n, GVA)],
       ['a register read', GET_REGISTERS, (session) => session.registers(0)],
       ['trapping', SET_PAGE_ACCESS, (session) => session.trapAccess(FRAME)],
+      ['releasing', SET_PAGE_ACCESS, (session) => session.releaseAccess(FRAME)],
       ['pausing', PAUSE_VCPU, (session) => session.pause()],
+      ['the end of pausing', CONTROL_CMD_RESPONSE, (session) => session.pause()],
+      [
+        'a write',
+        WRITE_PHYSICAL,
+        (session) => whileQuiescent(session, () => session.writePhysical(0n, Buffer.from([1]))),
+      ],
+      [
+        'setting registers',
+        SET_REGISTERS,
+        (session) => whileQuiescent(session, () => session.setRegisters(0, session.registers(0))),
+      ],
     ])('during %s', (_name, command, call) => {
       const session = open();
       peer.ask('onCommand', { command, action: 'die' });
       expect(codeOf(() => call(session))).toBe('HYPERVISOR_GONE');
+      expectGone(session);
+    });
+
+    test('during resuming, which it does not confirm: the next call says so', () => {
+      const session = open();
+      session.pause();
+      peer.ask('onCommand', { command: EVENT_REPLY, action: 'die' });
+      expect(codeOf(() => session.resume())).toMatch(/^(nothing thrown|HYPERVISOR_GONE)$/);
+      peer.ask('disconnected');
       expectGone(session);
     });
 
@@ -601,11 +662,44 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       expectGone(session);
     });
 
-    test('while the session closes', () => {
+    test.each([
+      ['gives permissions back', SET_PAGE_ACCESS],
+      ['drains', GET_REGISTERS],
+      ['pauses the guest', PAUSE_VCPU],
+      ['switches events off', CONTROL_EVENTS],
+      ['lets the guest go on', EVENT_REPLY],
+    ])('while a session that closes %s', (_name, command) => {
       const session = open();
       session.trapAccess(FRAME);
-      peer.ask('onCommand', { command: SET_PAGE_ACCESS, action: 'die' });
+      peer.ask('onCommand', { command, action: 'die' });
       expect(codeOf(() => session.close())).toBe('nothing thrown');
+      peer.ask('disconnected');
+      expectGone(session);
+    });
+
+    test.each([
+      ['tells its vCPUs', GET_GUEST_INFO],
+      ['switches events on', CONTROL_EVENTS],
+      ['tells the size of memory', GET_MAX_GFN],
+      ['tells the paging mode', GET_REGISTERS],
+    ])('while it %s, and one that comes then is attached to', (_name, command) => {
+      peer.ask('onCommand', { command, action: 'die' });
+      expect(codeOf(open)).toMatch(/^(ATTACH_FAILED|HYPERVISOR_GONE)$/);
+      expect(existsSync(socket)).toBe(false);
+      expect(open().vcpuCount).toBe(VCPUS);
+    });
+
+    test('before it has told its version: the next one that comes is attached to', () => {
+      peer.ask('onCommand', { command: GET_VERSION, action: 'die' });
+      expect(open().vcpuCount).toBe(VCPUS);
+    });
+
+    test('in effect, by refusing everything, is left at once', () => {
+      const session = open();
+      peer.ask('onCommand', { command: READ_PHYSICAL, action: 'refuse' });
+      peer.ask('onCommand', { command: GET_REGISTERS, action: 'refuse' });
+      expect(codeOf(() => session.readPhysical(0x9000n, 1))).toBe('HYPERVISOR_GONE');
+      peer.ask('disconnected');
       expectGone(session);
     });
   });
