@@ -39,14 +39,18 @@ status_t vmi_resume_vm(vmi_instance_t vmi) {
     vmi->pauseCount--;
     return VMI_SUCCESS;
   }
+  // All or none: after a failure the guest must not be half awake and yet count as paused.
+  for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
+    const vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
+    if (vcpu.pausing && !awaitStop(vmi, vcpu)) {
+      complain("vCPU %u did not stop, so the guest cannot be resumed", index);
+      return VMI_FAILURE;
+    }
+  }
+  vmi->pages.clear();
   for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
     vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
     if (!vcpu.pausing) continue;
-    if (!awaitStop(vmi, vcpu)) {
-      complain("vCPU %u did not stop, so it cannot be resumed", index);
-      return VMI_FAILURE;
-    }
-    vmi->pages.clear();
     if (!vmi->connection->answer(index, wire::EventId::kPauseVcpu, *vcpu.pauseEvent)) return VMI_FAILURE;
     vcpu.pausing = false;
     vcpu.pauseEvent.reset();
