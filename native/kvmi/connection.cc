@@ -38,7 +38,7 @@ Connection::Connection(UniqueFd socket) : socket_(std::move(socket)), incoming_(
 
 std::unique_ptr<Connection> Connection::establish(UniqueFd socket, const Deadline &deadline) {
   std::unique_ptr<Connection> connection(new Connection(std::move(socket)));
-  if (!connection->greet(deadline) || !connection->checkVersion()) return nullptr;
+  if (!connection->greet(deadline) || !connection->checkVersion(deadline)) return nullptr;
   return connection;
 }
 
@@ -63,19 +63,25 @@ bool Connection::greet(const Deadline &deadline) {
   return send();
 }
 
-bool Connection::checkVersion() {
+bool Connection::checkVersion(const Deadline &deadline) {
   wire::Version version;
-  if (!request(wire::MessageId::kGetVersion, {}, &version, sizeof version)) return die("the hypervisor did not tell its KVMI version");
+  if (!request(deadline, wire::MessageId::kGetVersion, {}, &version, sizeof version))
+    return die("the hypervisor did not tell its KVMI version");
   if (version.version < wire::kMinVersion) return die("KVMI version %u is not supported", version.version);
   return true;
 }
 
 bool Connection::request(wire::MessageId id, std::initializer_list<Bytes> body, void *reply, size_t replySize) {
+  return request(Deadline(kReplyTimeoutMs), id, body, reply, replySize);
+}
+
+bool Connection::request(const Deadline &deadline, wire::MessageId id, std::initializer_list<Bytes> body, void *reply,
+                         size_t replySize) {
   if (!alive_) return false;
   const uint32_t sequence = ++sequence_;
   outgoing_.clear();
   append(id, sequence, body);
-  return send() && awaitReply(id, sequence, reply, replySize);
+  return send() && awaitReply(deadline, id, sequence, reply, replySize);
 }
 
 bool Connection::pauseAll() {
@@ -94,7 +100,7 @@ bool Connection::pauseAll() {
   }
   replies.enable = 1;
   append(kControl, ++sequence_, {replies});
-  return send() && awaitReply(kControl, sequence_, nullptr, 0);
+  return send() && awaitReply(Deadline(kReplyTimeoutMs), kControl, sequence_, nullptr, 0);
 }
 
 bool Connection::answer(unsigned vcpu, wire::EventId event, uint32_t sequence, std::optional<Bytes> specific) {
@@ -158,8 +164,8 @@ bool Connection::send() {
   return true;
 }
 
-bool Connection::awaitReply(wire::MessageId id, uint32_t sequence, void *reply, size_t replySize) {
-  const Deadline deadline(kReplyTimeoutMs);
+bool Connection::awaitReply(const Deadline &deadline, wire::MessageId id, uint32_t sequence, void *reply,
+                            size_t replySize) {
   while (alive_) {
     while (const auto message = nextMessage()) {
       const wire::Header &header = message->header;

@@ -76,11 +76,13 @@ class Connection {
   explicit Connection(UniqueFd socket);
 
   bool greet(const Deadline &deadline);
-  bool checkVersion();
+  bool checkVersion(const Deadline &deadline);
 
   void append(wire::MessageId id, uint32_t sequence, std::initializer_list<Bytes> body);
   bool send();
-  bool awaitReply(wire::MessageId id, uint32_t sequence, void *reply, size_t replySize);
+  bool request(const Deadline &deadline, wire::MessageId id, std::initializer_list<Bytes> body, void *reply,
+               size_t replySize);
+  bool awaitReply(const Deadline &deadline, wire::MessageId id, uint32_t sequence, void *reply, size_t replySize);
   bool takeReply(const Message &message, void *reply, size_t replySize);
 
   Received receive(const Deadline &deadline);

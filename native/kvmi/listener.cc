@@ -76,13 +76,14 @@ Listener::~Listener() {
 }
 
 UniqueFd Listener::accept(const Deadline &deadline) {
-  for (;;) {
+  while (!deadline.passed()) {
     pollfd waiting{socket_.get(), POLLIN, 0};
     const int ready = poll(&waiting, 1, deadline.remaining());
-    if (ready == 0 || (ready < 0 && errno != EINTR)) return UniqueFd();
+    if (ready == 0 || (ready < 0 && errno != EINTR)) break;
     UniqueFd connection(accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (connection || deadline.passed()) return connection;
+    if (connection) return connection;
   }
+  return UniqueFd();
 }
 
 }  // namespace kvmi

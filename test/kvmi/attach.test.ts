@@ -1,4 +1,6 @@
 import { existsSync, writeFileSync } from 'node:fs';
+import { connect } from 'node:net';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import { eventually } from './eventually.js';
 import { greeting, Id, PAGE, type PeerOptions, ScriptedPeer } from './peer.js';
@@ -84,6 +86,29 @@ describe('attaching', () => {
     (await mute).close();
     if (isBundled) expect(existsSync(alone.socketPath)).toBe(false);
   });
+
+  it.runIf(isBundled)(
+    'fails within a bounded time when one comes after the other and none tells its version',
+    async () => {
+      const program = newProgram();
+      let waiting = true;
+      const come = async () => {
+        while (waiting) {
+          await new Promise((gone) => {
+            const socket = connect(program.socketPath).resume();
+            socket.on('connect', () => socket.write(greeting()));
+            socket.on('error', () => {});
+            socket.on('close', gone);
+          });
+          await sleep(5);
+        }
+      };
+      const coming = [come(), come()];
+      expect(await program.init()).toBe(FAILED_DRIVER);
+      waiting = false;
+      await Promise.all(coming);
+    },
+  );
 
   it('fails when a command of the attach is refused or answered with nonsense', async () => {
     const refusals: [number, Buffer | number][] = [
