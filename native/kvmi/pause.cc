@@ -8,8 +8,7 @@ namespace {
 constexpr uint32_t kStopTimeoutMs = 10'000;
 
 /** Has events handled until the vCPU has reported that it stands still. */
-bool awaitStop(vmi_instance_t vmi, const vmi_instance::Vcpu &vcpu) {
-  const Deadline deadline(kStopTimeoutMs);
+bool awaitStop(vmi_instance_t vmi, const vmi_instance::Vcpu &vcpu, const Deadline &deadline) {
   while (!vcpu.pauseEvent) {
     // Inside a callback, the vCPU whose event is being handled cannot stop before the callback returns.
     if (vmi->inCallback || deadline.passed() || !vmi->connection->awaitEvent(deadline)) return false;
@@ -39,10 +38,11 @@ status_t vmi_resume_vm(vmi_instance_t vmi) {
     vmi->pauseCount--;
     return VMI_SUCCESS;
   }
+  const Deadline deadline(kStopTimeoutMs);
   // All or none: after a failure the guest must not be half awake and yet count as paused.
   for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
     const vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
-    if (vcpu.pausing && !awaitStop(vmi, vcpu)) {
+    if (vcpu.pausing && !awaitStop(vmi, vcpu, deadline)) {
       complain("vCPU %u did not stop, so the guest cannot be resumed", index);
       return VMI_FAILURE;
     }

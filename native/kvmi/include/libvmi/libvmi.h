@@ -103,8 +103,8 @@ VMI_API addr_t vmi_get_max_physical_address(vmi_instance_t vmi);
 VMI_API status_t vmi_pause_vm(vmi_instance_t vmi);
 /*
  * Undoes one vmi_pause_vm; the last one lets the vCPUs run. Waits for vCPUs that have not stopped yet, and event
- * callbacks run meanwhile. Fails when one does not stop within ten seconds (calling it again goes on with the rest)
- * and, inside a callback, when it would have to wait.
+ * callbacks run meanwhile. Fails, and leaves the guest paused, when they do not all stop within ten seconds and,
+ * inside a callback, when it would have to wait. It can be called again then.
  */
 VMI_API status_t vmi_resume_vm(vmi_instance_t vmi);
 
