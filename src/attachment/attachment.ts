@@ -2,6 +2,7 @@ import { EventEmitter } from 'node:events';
 import { resolve } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { MemtablesError } from '../errors.js';
+import { cutConnection } from '../libvmi/cut.js';
 import { createHeartbeat, Watchdog } from '../libvmi/watchdog.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import {
@@ -112,10 +113,18 @@ export class Attachment extends EventEmitter<Events> {
       });
       // Whoever waits for `ended` sees the error; without anybody it must not end the process.
       ended.catch(() => {});
-      const watchdog = new Watchdog(heartbeat, { limitMs: STUCK_AFTER_MS }, (error) => settle(error));
+      const watchdog = new Watchdog(heartbeat, { limitMs: STUCK_AFTER_MS }, (error) => {
+        settle(error);
+        // Frees the worker, which can then end, and the guest.
+        cutConnection(options.socket);
+      });
 
       worker.on('error', (error) => settle(error as Error));
-      worker.on('exit', () => settle(unexpectedEnd()));
+      worker.on('exit', () => {
+        settle(unexpectedEnd());
+        // A worker that was ended by force has not detached.
+        cutConnection(options.socket);
+      });
       worker.on('message', (message: WorkerMessage) => {
         switch (message.type) {
           case 'attached':

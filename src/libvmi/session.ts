@@ -361,7 +361,7 @@ export class LibvmiSession implements Hypervisor {
   #unavailable(): MemtablesError {
     return new MemtablesError(
       'HYPERVISOR_GONE',
-      this.#closed ? 'the session is closed' : 'the hypervisor has closed the connection',
+      this.#closed ? 'the session is closed' : 'the hypervisor has gone away or answers no more',
       { remedy: 'Attach again; if a journal was left behind, recover from it first.' },
     );
   }

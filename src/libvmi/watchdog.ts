@@ -98,7 +98,7 @@ export class Watchdog {
     const name = FUNCTION_NAMES[call - 1];
     this.#onStuck(
       new MemtablesError('HYPERVISOR_STUCK', `${name} has not returned for ${Math.round(elapsedMs)} ms`, {
-        remedy: 'End this process: the hypervisor then lifts every restriction. Then attach again.',
+        remedy: 'If a journal was left behind, recover from it; then attach again.',
         context: { call: name, elapsedMs, limitMs: this.#limitMs, allowanceMs },
       }),
     );
