@@ -3,6 +3,7 @@ import { resolve } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { MemtablesError } from '../errors.js';
 import { cutConnection } from '../libvmi/cut.js';
+import { removeSocket } from '../libvmi/socket-path.js';
 import { createHeartbeat, Watchdog } from '../libvmi/watchdog.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import {
@@ -32,14 +33,19 @@ export interface AttachOptions {
   readonly journal?: string;
   /** How long unloading waits for threads to leave the handlers. */
   readonly unloadSeconds?: number;
+  /** Gives up waiting for the hypervisor; of no effect once it has connected. */
+  readonly signal?: AbortSignal;
 }
 
 /** The document's threshold. */
 export const DEFAULT_THRESHOLD = 50;
 export const DEFAULT_UNLOAD_SECONDS = 60;
 
-/** A native call that takes longer than this (beyond its own timeout) is reported as stuck. */
-const STUCK_AFTER_MS = 15_000;
+/**
+ * A native call that takes longer than this (beyond its own timeout) is reported as stuck. Below the 10 seconds
+ * after which the bundled library takes a silent hypervisor for one that has gone.
+ */
+const STUCK_AFTER_MS = 8_000;
 
 interface Events {
   event: [EngineEvent];
@@ -60,6 +66,9 @@ export class Attachment extends EventEmitter<Events> {
   readonly ended: Promise<void>;
   readonly #worker: Worker;
   readonly #pending: Map<number, Pending>;
+  /** Why nothing can be asked any more. */
+  #endedBy: Error | undefined;
+  #unloading: Promise<UnloadReport> | undefined;
   #nextId = 1;
 
   private constructor(
@@ -76,14 +85,21 @@ export class Attachment extends EventEmitter<Events> {
     worker.on('message', (message: WorkerMessage) => {
       if (message.type === 'event') this.emit('event', message.event);
     });
+    const onEnd = (error: Error) => {
+      this.#endedBy = error;
+    };
+    ended.then(() => onEnd(unloaded()), onEnd);
   }
 
   /**
    * Attaches and finds the kernel; changes nothing in the guest yet.
    *
-   * @throws MemtablesError of whatever stood in the way, and `HYPERVISOR_STUCK` when a native call never returns
+   * @throws MemtablesError of whatever stood in the way, and `HYPERVISOR_STUCK` when a native call never returns:
+   *   the process cannot end by itself then; or the reason of `signal`, while a native call still waits for up to
+   *   ten seconds
    */
   static async open(options: AttachOptions): Promise<Attachment> {
+    options.signal?.throwIfAborted();
     const heartbeat = createHeartbeat();
     const workerData: WorkerOptions = {
       name: options.name,
@@ -92,22 +108,25 @@ export class Attachment extends EventEmitter<Events> {
       library: options.library,
       threshold: options.threshold ?? DEFAULT_THRESHOLD,
       relocate: options.relocate ?? true,
-      journal: resolve(options.journal ?? `${options.socket}.journal`),
+      journal: resolve(options.journal ?? journalOf(options.socket)),
       unloadSeconds: options.unloadSeconds ?? DEFAULT_UNLOAD_SECONDS,
       heartbeat,
     };
     const worker = new Worker(new URL('./worker.js', import.meta.url), { workerData });
     const pending = new Map<number, Pending>();
+    let state: 'starting' | 'connecting' | 'connected' | 'attached' = 'starting';
 
     return await new Promise<Attachment>((attached, failed) => {
       let settle: (error?: Error) => void = () => {};
       const ended = new Promise<void>((done, broken) => {
         settle = (error) => {
           watchdog.stop();
+          options.signal?.removeEventListener('abort', giveUp);
           if (error === undefined) done();
           else broken(error);
-          failed(error ?? unexpectedEnd());
-          for (const { reject } of pending.values()) reject(error ?? unexpectedEnd());
+          const why = error ?? unloaded();
+          failed(why);
+          for (const { reject } of pending.values()) reject(why);
           pending.clear();
         };
       });
@@ -118,16 +137,31 @@ export class Attachment extends EventEmitter<Events> {
         // Frees the worker, which can then end, and the guest.
         cutConnection(options.socket);
       });
+      const giveUp = () => {
+        if (state === 'connected' || state === 'attached') return;
+        // Nobody can connect any more; somebody who just has is left at once.
+        if (state === 'connecting') removeSocket(options.socket);
+        worker.postMessage({ id: 0, command: { type: 'unload' } } satisfies Request);
+        settle(options.signal?.reason);
+      };
+      options.signal?.addEventListener('abort', giveUp);
 
-      worker.on('error', (error) => settle(error as Error));
+      worker.on('error', (error) =>
+        settle(state === 'attached' ? crashed(workerData.journal, error) : error),
+      );
       worker.on('exit', () => {
-        settle(unexpectedEnd());
+        settle(crashed(workerData.journal));
         // A worker that was ended by force has not detached.
         cutConnection(options.socket);
       });
       worker.on('message', (message: WorkerMessage) => {
         switch (message.type) {
+          case 'connecting':
+          case 'connected':
+            state = message.type;
+            break;
           case 'attached':
+            state = message.type;
             attached(new Attachment(worker, message.kernel, ended, pending));
             break;
           case 'answer':
@@ -151,13 +185,14 @@ export class Attachment extends EventEmitter<Events> {
   /**
    * Places a transparent detour on `nt!Name`.
    *
-   * @throws MemtablesError `HOOK_REFUSED`, `SYMBOL_NOT_FOUND`, `SLACK_EXHAUSTED`; the guest is as before then
+   * @throws MemtablesError `INVALID_ARGUMENT`, `HOOK_REFUSED`, `SYMBOL_NOT_FOUND`, `SLACK_EXHAUSTED`: the guest is
+   *   as before then, and the attachment goes on
    */
   async hook(name: string): Promise<void> {
     await this.#ask({ type: 'hook', name });
   }
 
-  /** Switches the relocation of further table loads on or off. */
+  /** Switches relocation on or off; when it resolves, what was hot by then has been relocated. */
   async setRelocation(enabled: boolean): Promise<void> {
     await this.#ask({ type: 'relocate', enabled });
   }
@@ -167,17 +202,26 @@ export class Attachment extends EventEmitter<Events> {
   }
 
   /**
-   * Takes every change back and detaches.
+   * Takes every change back and detaches. Called again, it gives the same report; after an error that ended the
+   * attachment, the worker has tried it already, and that error is thrown.
    *
    * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside handlers for too long
    */
-  async unload(): Promise<UnloadReport> {
-    const report = await this.#ask({ type: 'unload' });
+  unload(): Promise<UnloadReport> {
+    this.#unloading ??= this.#unload();
+    return this.#unloading;
+  }
+
+  async #unload(): Promise<UnloadReport> {
+    const report = this.#ask({ type: 'unload' });
+    // The worker ends by the error that it refuses with.
+    report.catch(() => {});
     await this.ended;
-    return report;
+    return await report;
   }
 
   #ask<C extends Command>(command: C): Promise<Answers[C['type']]> {
+    if (this.#endedBy !== undefined) return Promise.reject(this.#endedBy);
     const id = this.#nextId++;
     return new Promise((resolve, reject) => {
       this.#pending.set(id, { resolve: resolve as Pending['resolve'], reject });
@@ -186,8 +230,25 @@ export class Attachment extends EventEmitter<Events> {
   }
 }
 
-function unexpectedEnd(): Error {
-  return new MemtablesError('HYPERVISOR_FAILED', 'the thread that owns libvmi ended', {
-    remedy: 'Attach again; if a journal is left, read it first.',
+/** Where changes to a guest are recorded unless another place is named. */
+export function journalOf(socket: string): string {
+  return `${socket}.journal`;
+}
+
+function unloaded(): MemtablesError {
+  return new MemtablesError('HYPERVISOR_GONE', 'memtables has been unloaded from this guest', {
+    remedy: 'Attach again.',
   });
+}
+
+function crashed(journal: string, cause?: unknown): MemtablesError {
+  return new MemtablesError(
+    'ROLLBACK_FAILED',
+    'the thread that owns libvmi ended without undoing its changes',
+    {
+      remedy: 'Read the journal, if there is one: it names the bytes that are still in the guest.',
+      context: { journal },
+      cause,
+    },
+  );
 }

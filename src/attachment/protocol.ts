@@ -44,6 +44,9 @@ export interface Answers {
 }
 
 export type WorkerMessage =
+  /** It is about to wait for the hypervisor on a socket that is its own. */
+  | { readonly type: 'connecting' }
+  | { readonly type: 'connected' }
   | { readonly type: 'attached'; readonly kernel: AttachedKernel }
   | { readonly type: 'answer'; readonly id: number; readonly value: Answers[keyof Answers] }
   | { readonly type: 'refusal'; readonly id: number; readonly error: PortableError }

@@ -4,6 +4,7 @@ import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from '
 import { MemtablesError } from '../errors.js';
 import { Journal } from '../journal/journal.js';
 import { openSession } from '../libvmi/session.js';
+import { prepareSocketPath } from '../libvmi/socket-path.js';
 import { Engine } from '../memtables/engine.js';
 import { discoverKernel, type Kernel } from '../nt/kernel.js';
 import { loadProfile, type Profile } from '../nt/profile.js';
@@ -29,12 +30,15 @@ const DISCOVERY_PAUSE_MS = 20;
 async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
   const profile = loadProfile(options.profile);
+  prepareSocketPath(options.socket);
+  post({ type: 'connecting' });
   const session = openSession({
     name: options.name,
     socket: options.socket,
     heartbeat: options.heartbeat,
     ...(options.library === undefined ? {} : { libraryPath: options.library }),
   });
+  post({ type: 'connected' });
   try {
     const kernel = await findKernel(session, profile);
     const identity = { guest: options.name, kernelBase: kernel.base, pdb: profile.pdb.name };
@@ -115,7 +119,7 @@ function takeCommands(port: MessagePort, engine: Engine): boolean {
       port.postMessage({ type: 'answer', id, value: perform(engine, command) } satisfies WorkerMessage);
     } catch (error) {
       port.postMessage({ type: 'refusal', id, error: toPortable(error) } satisfies WorkerMessage);
-      if (!isRefusal(error)) throw error;
+      if (command.type !== 'hook' || !isRefusal(error)) throw error;
     }
     if (command.type === 'unload') return true;
   }
@@ -138,11 +142,11 @@ function perform(engine: Engine, command: Command): Answers[Command['type']] {
   }
 }
 
-/** A command may be refused and the engine goes on; anything else ends it. */
+/** A hook may be refused and the engine goes on; anything else ends it. */
 function isRefusal(error: unknown): boolean {
   return (
     error instanceof MemtablesError &&
-    ['HOOK_REFUSED', 'SYMBOL_NOT_FOUND', 'SLACK_EXHAUSTED'].includes(error.code)
+    ['INVALID_ARGUMENT', 'HOOK_REFUSED', 'SYMBOL_NOT_FOUND', 'SLACK_EXHAUSTED'].includes(error.code)
   );
 }
 

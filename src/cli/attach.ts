@@ -1,9 +1,12 @@
-import { Attachment } from '../attachment/attachment.js';
+import { existsSync } from 'node:fs';
+import { Attachment, journalOf } from '../attachment/attachment.js';
 import { MemtablesError } from '../errors.js';
 import type { EngineEvent } from '../memtables/report.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
+import { exitNow } from './exit-now.js';
 import { log, type Output } from './output.js';
+import { aborted, stopRequest } from './stop.js';
 
 export interface AttachCommandOptions {
   readonly name: string;
@@ -29,18 +32,9 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
-  const interrupted = stopRequest();
+  const stop = stopRequest();
   log.info(`waiting for the hypervisor on ${options.socket}`);
-  const attachment = await Attachment.open({
-    name: options.name,
-    socket: options.socket,
-    profile: options.profile,
-    threshold: options.threshold,
-    relocate: options.relocate,
-    unloadSeconds: options.unloadTimeout,
-    ...(options.journal === undefined ? {} : { journal: options.journal }),
-    ...(options.libvmi === undefined ? {} : { library: options.libvmi }),
-  });
+  const attachment = await open(options, stop);
   const { kernel } = attachment;
   output.result(
     { type: 'attached', ...kernel },
@@ -49,24 +43,51 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
   attachment.on('event', (event) => output.result(event, describe(event)));
 
   try {
-    for (const name of options.hook ?? []) await attachment.hook(name);
-    await Promise.race([interrupted, timeout(options.time), attachment.ended]);
+    for (const name of options.hook ?? []) {
+      if (!stop.aborted) await attachment.hook(name);
+    }
+    await Promise.race([aborted(stop), timeout(options.time), attachment.ended]);
+    log.info('unloading');
+    const statistics = await attachment.statistics();
+    const unload = await attachment.unload();
+    output.result(
+      { type: 'summary', ...statistics, unload },
+      [
+        `unloaded in ${unload.seconds.toFixed(3)} s after ${unload.scans} scans (${unload.blocked} blocked)`,
+        `  ${statistics.violations} violations, ${statistics.relocations} relocations, refused: ${counts(statistics.refused)}`,
+        `  reads answered with original bytes: ${counts(statistics.cloakedReads)}`,
+      ].join('\n'),
+    );
   } catch (error) {
-    // Undo what is there before saying what failed; a worker that has ended has done so itself.
+    // Undo what is there before saying what failed; a worker that has ended has tried to.
     await attachment.unload().catch(() => {});
+    const journal = options.journal ?? journalOf(options.socket);
+    if (existsSync(journal)) log.warn(`changes are still in the guest; ${journal} lists them`);
     throw error;
   }
-  log.info('unloading');
-  const statistics = await attachment.statistics();
-  const unload = await attachment.unload();
-  output.result(
-    { type: 'summary', ...statistics, unload },
-    [
-      `unloaded in ${unload.seconds.toFixed(3)} s after ${unload.scans} scans (${unload.blocked} blocked)`,
-      `  ${statistics.violations} violations, ${statistics.relocations} relocations, refused: ${counts(statistics.refused)}`,
-      `  reads answered with original bytes: ${counts(statistics.cloakedReads)}`,
-    ].join('\n'),
-  );
+}
+
+/** Ends the process when it is stopped while nobody has connected yet. */
+async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<Attachment> {
+  try {
+    return await Attachment.open({
+      name: options.name,
+      socket: options.socket,
+      profile: options.profile,
+      threshold: options.threshold,
+      relocate: options.relocate,
+      unloadSeconds: options.unloadTimeout,
+      signal: stop,
+      ...(options.journal === undefined ? {} : { journal: options.journal }),
+      // The environment's may be empty.
+      ...(options.libvmi ? { library: options.libvmi } : {}),
+    });
+  } catch (error) {
+    if (!stop.aborted || error !== stop.reason) throw error;
+    log.info('stopped before the hypervisor had connected; the guest was not touched');
+    // A native call still waits for the hypervisor.
+    return exitNow(EXIT.ok);
+  }
 }
 
 /** One line for a person. */
@@ -88,25 +109,6 @@ export function describe(event: EngineEvent): string {
 export function counts(byName: Readonly<Record<string, number>>): string {
   const parts = Object.entries(byName).map(([name, count]) => `${name} ${count}`);
   return parts.length === 0 ? 'none' : parts.join(', ');
-}
-
-/** Resolves at the first Ctrl-C; a second one ends the process at once. */
-function stopRequest(): Promise<void> {
-  return new Promise((resolve) => {
-    let asked = false;
-    const onSignal = () => {
-      if (asked) {
-        process.stderr.write(
-          'memtables: ended without unloading; the journal says what is still in the guest\n',
-        );
-        process.exit(EXIT.unload);
-      }
-      asked = true;
-      resolve();
-    };
-    process.on('SIGINT', onSignal);
-    process.on('SIGTERM', onSignal);
-  });
 }
 
 /** Resolves after so many seconds; without a number never. */

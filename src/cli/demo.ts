@@ -1,8 +1,10 @@
 import { type DemoSummary, demoFailed, runDemo } from '../demo/demo.js';
 import { FORMS, type Phase, rate } from '../demo/phase.js';
+import { MemtablesError } from '../errors.js';
 import { counts, describe } from './attach.js';
 import { randomSeed } from './host.js';
 import { log, type Output } from './output.js';
+import { stopRequest } from './stop.js';
 
 export interface DemoCommandOptions {
   readonly vcpus: number;
@@ -19,18 +21,35 @@ export interface DemoCommandOptions {
  */
 export async function demoCommand(options: DemoCommandOptions, output: Output): Promise<void> {
   const seed = options.seed ?? randomSeed();
+  const stop = stopRequest();
   log.info(`starting an embedded host with ${options.vcpus} vCPUs, seed ${seed}`);
   const { summary, shortcomings } = await runDemo(
-    { vcpus: options.vcpus, seconds: options.seconds, seed, hooks: options.hook, library: options.libvmi },
+    {
+      vcpus: options.vcpus,
+      seconds: options.seconds,
+      seed,
+      hooks: options.hook,
+      library: options.libvmi || undefined,
+    },
     {
       event: (event) => output.result(event, `  ${describe(event)}`),
       phaseBegins: (name) => log.info(`phase '${name}', ${options.seconds} s`),
       phaseEnded: (name, phase) =>
         output.result({ type: 'phase', name, ...phase }, describePhase(name, phase)),
     },
-  );
+    stop,
+  ).catch((error: unknown) => {
+    throw stop.aborted ? demoStopped(stop.reason) : error;
+  });
   output.result({ type: 'summary', ...summary }, describeSummary(summary));
   if (shortcomings.length > 0) throw demoFailed(seed, shortcomings);
+}
+
+function demoStopped(cause: unknown): MemtablesError {
+  return new MemtablesError('DEMO_FAILED', 'the demo was stopped before it was through', {
+    remedy: 'Run it again and let it finish; --seconds makes it shorter.',
+    cause,
+  });
 }
 
 function describePhase(name: string, phase: Phase): string {

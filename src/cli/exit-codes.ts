@@ -12,17 +12,26 @@ export const EXIT = {
   unload: 7,
 } as const;
 
-export const EXIT_CODE_HELP = `
-Exit codes:
-  0  done, and the guest is as it was found
-  1  an error in memtables itself
-  2  a wrong argument, or a file that cannot be read
-  3  something is missing: set-up, library, socket, hypervisor
-  4  the hypervisor failed, went away or got stuck
-  5  the guest, its kernel image or the profile is not one we can work with
-  6  a change was refused (a hook that cannot be placed, no slack left); nothing was left behind
-  7  the guest may still hold changes: unload blocked or undo failed; see the journal
-`;
+/** By code, for `--help`. */
+export const EXIT_MEANINGS: Readonly<Record<number, string>> = {
+  [EXIT.ok]: 'done, and the guest is as it was found',
+  [EXIT.internal]: 'an error in memtables itself, or a demo that was stopped or did not show what it has to',
+  [EXIT.usage]: 'a wrong argument, or a file that cannot be read or written',
+  [EXIT.environment]: 'something is missing or in the way: set-up, library, socket, journal, hypervisor',
+  [EXIT.hypervisor]:
+    'the hypervisor failed, went away or got stuck; a journal that is left lists what is in the guest',
+  [EXIT.guest]: 'the guest, its kernel image or the profile is not one we can work with',
+  [EXIT.refused]:
+    'a change was refused (a hook that cannot be placed, no slack left); nothing was left behind',
+  [EXIT.unload]:
+    'the guest may still hold changes: unload blocked or cut short, or undo failed; see the journal',
+};
+
+export const EXIT_CODE_HELP = [
+  '',
+  'Exit codes:',
+  ...Object.entries(EXIT_MEANINGS).map(([code, meaning]) => `  ${code}  ${meaning}`),
+].join('\n');
 
 const BY_CODE: Record<ErrorCode, number> = {
   INVALID_ARGUMENT: EXIT.usage,

@@ -10,11 +10,10 @@ export interface HostCommandOptions {
   readonly statistics?: string;
 }
 
-/** Runs the embedded host until Ctrl-C. */
+/** Runs the embedded host until Ctrl-C, or until the process ends that has started it as its own. */
 export async function hostCommand(options: HostCommandOptions): Promise<void> {
   const stop = new AbortController();
-  process.on('SIGINT', () => stop.abort());
-  process.on('SIGTERM', () => stop.abort());
+  for (const ending of ['SIGINT', 'SIGTERM', 'SIGHUP', 'disconnect']) process.on(ending, () => stop.abort());
   const seed = options.seed ?? randomSeed();
   const statistics = options.statistics ?? `${options.socket}.stats`;
   log.info(
@@ -27,6 +26,7 @@ export async function hostCommand(options: HostCommandOptions): Promise<void> {
     seed,
     statisticsPath: statistics,
     signal: stop.signal,
+    log: (message) => log.info(message),
   });
 }
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env node
+import { setImmediate as turn } from 'node:timers/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
+import { MemtablesError } from '../errors.js';
 import { attachCommand } from './attach.js';
 import { demoCommand } from './demo.js';
 import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
+import { exitNow } from './exit-now.js';
 import { hostCommand } from './host.js';
-import { Output, reportError } from './output.js';
+import { assertResultsWritten, Output, reportError } from './output.js';
 import { scanFile } from './scan.js';
 
 function integer(minimum: number, maximum: number) {
@@ -26,8 +29,11 @@ function seconds(text: string): number {
   return value;
 }
 
-function repeated(value: string, previous: readonly string[] = []): string[] {
-  return [...previous, value];
+function hooks(name: string, previous: readonly string[] = []): string[] {
+  if (!/^nt!./.test(name))
+    throw new InvalidArgumentError('Write nt!Name, with the name as the profile has it.');
+  if (previous.includes(name)) throw new InvalidArgumentError('Name each function once.');
+  return [...previous, name];
 }
 
 const vcpus = () =>
@@ -37,7 +43,7 @@ const seed = () =>
     integer(0, 0xffffffff),
   );
 const hook = () =>
-  new Option('--hook <nt!Name>', 'kernel function to hook; may be given several times').argParser(repeated);
+  new Option('--hook <nt!Name>', 'kernel function to hook; may be given several times').argParser(hooks);
 const json = () => new Option('--json', 'print JSON lines instead of text');
 const library = () =>
   new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
@@ -51,7 +57,7 @@ const program = new Command('memtables')
   )
   .showHelpAfterError('(see --help)')
   .exitOverride((error) => process.exit(error.exitCode === 0 ? EXIT.ok : EXIT.usage))
-  .addHelpText('after', EXIT_CODE_HELP);
+  .addHelpText('afterAll', EXIT_CODE_HELP);
 
 program
   .command('demo')
@@ -65,19 +71,37 @@ program
   .addOption(hook())
   .addOption(library())
   .addOption(json())
+  .addHelpText(
+    'after',
+    `
+Examples:
+  memtables demo                                 two vCPUs, three seconds a phase, another guest each time
+  memtables demo --seed 7 --vcpus 4 --seconds 5  the same guest each time
+  memtables demo --hook nt!NtCreateFile          hooks of your own; which pages they trap decides what gets slow
+  memtables demo --json | tail -1                the figures`,
+  )
   .action((options) => run(() => demoCommand(options, new Output(options.json ?? false))));
 
 program
   .command('host')
   .description(
     'Run the embedded host: a hypervisor with an NT-like guest that connects to an introspection tool over KVMI,\n' +
-      'as QEMU does. Attach to it with: memtables attach -n embedded -s PATH -j build/guest/ntoskrnl.json',
+      'as QEMU does. Ends on Ctrl-C.',
   )
   .requiredOption('--socket <path>', 'unix socket of the introspection tool; retried until it exists')
   .addOption(vcpus())
   .addOption(new Option('--memory <mb>', "the guest's memory").argParser(integer(32, 4096)).default(64))
   .addOption(seed())
   .option('--statistics <path>', 'unix socket of the statistics channel (default: SOCKET.stats)')
+  .addHelpText(
+    'after',
+    `
+Example, in two terminals:
+  memtables host --socket /tmp/kvmi
+  memtables attach -n embedded -s /tmp/kvmi -j build/guest/ntoskrnl.json --hook nt!NtCreateFile -t 10
+
+docs/host-statistics.md says what the statistics channel answers.`,
+  )
   .action((options) => run(() => hostCommand(options)));
 
 program
@@ -110,6 +134,16 @@ program
   )
   .addOption(library())
   .addOption(json())
+  .addHelpText(
+    'after',
+    `
+Example:
+  memtables attach -n my-vm -s /run/introspection.sock -j ntkrnlmp.json --hook nt!NtCreateFile
+
+The hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; a second Ctrl-C ends at once and may
+leave changes in the guest. The journal is removed by a clean unload; one that stays lists what is left.
+MEMTABLES_LOG=debug prints more.`,
+  )
   .action((options) => run(() => attachCommand(options, new Output(options.json ?? false))));
 
 program
@@ -117,14 +151,21 @@ program
   .description('List the switch-table loads of a PE64 file on disk, and which of them could be relocated.')
   .argument('<file>', 'an x86-64 Windows executable, library or driver')
   .addOption(json())
+  .addHelpText('after', '\nExample:\n  memtables scan ntoskrnl.exe')
   .action((file, options) => run(() => scanFile(file, options, process.stdout)));
 
 async function run(action: () => Promise<void> | void): Promise<void> {
   try {
     await action();
+    // A failed write is told of a turn later.
+    await turn();
+    assertResultsWritten();
   } catch (error) {
+    const code = reportError(error);
+    // The thread that is stuck would keep the process alive.
+    if (error instanceof MemtablesError && error.code === 'HYPERVISOR_STUCK') exitNow(code);
     // Not process.exit at once: what was printed so far has to reach a pipe.
-    process.exitCode = reportError(error);
+    process.exitCode = code;
   }
 }
 

@@ -1,4 +1,4 @@
-import { pino } from 'pino';
+import { levels, pino } from 'pino';
 import pretty from 'pino-pretty';
 import { MemtablesError } from '../errors.js';
 import { hex } from '../vmi/address.js';
@@ -13,21 +13,44 @@ export function toJson(value: unknown): string {
   });
 }
 
+const broken = new AbortController();
+/** Aborted, with the error, once stdout cannot be written any more: its reader has closed it, or a disk is full. */
+export const stdoutBroken: AbortSignal = broken.signal;
+process.stdout.on('error', (error) => broken.abort(error));
+// Nobody is left to be told.
+process.stderr.on('error', () => {});
+
+/** @throws MemtablesError `FILE_UNREADABLE` when results were lost, unless their reader did not want more */
+export function assertResultsWritten(): void {
+  const cause = stdoutBroken.reason as NodeJS.ErrnoException | undefined;
+  if (cause === undefined || cause.code === 'EPIPE') return;
+  throw new MemtablesError('FILE_UNREADABLE', `the results could not be written: ${cause.message}`, {
+    remedy: 'Look at what stdout leads to: a full disk, perhaps.',
+    cause,
+  });
+}
+
 /** Results, on stdout: lines for a person, or JSON lines for a program. */
 export class Output {
   constructor(readonly json: boolean) {}
 
   /** A result in both forms: `record` as a JSON line, or `text` for a person. */
   result(record: Readonly<Record<string, unknown>>, text: string): void {
+    if (stdoutBroken.aborted) return;
     process.stdout.write(this.json ? `${toJson(record)}\n` : `${text}\n`);
   }
 }
 
+const LEVELS = [...Object.values(levels.labels), 'silent'];
+const level = process.env.MEMTABLES_LOG || 'info';
+
 /** Logs, on stderr. */
 export const log = pino(
-  { level: process.env.MEMTABLES_LOG ?? 'info' },
+  { level: LEVELS.includes(level) ? level : 'info' },
   pretty({ destination: 2, sync: true, ignore: 'pid,hostname', translateTime: 'HH:MM:ss.l' }),
 );
+
+if (!LEVELS.includes(level)) log.warn(`MEMTABLES_LOG is '${level}', which is none of ${LEVELS.join(', ')}`);
 
 /** Says on stderr what went wrong and what to do about it; returns the exit code. */
 export function reportError(error: unknown): number {

@@ -14,6 +14,7 @@ export interface FormCounts {
 export interface Phase extends FormCounts {
   readonly seconds: number;
   readonly byForm: Readonly<Record<SwitchForm, FormCounts>>;
+  /** Sweeps of the guest's integrity checker that began and ended in the phase. */
   readonly integritySweeps: number;
 }
 
@@ -29,12 +30,22 @@ export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
     'look-alike': counts('look-alike'),
   };
   return {
-    seconds: (to.uptimeMs - from.uptimeMs) / 1000,
+    seconds: secondsBetween(from, to),
     switches: sum(FORMS.map((form) => byForm[form].switches)),
     readViolations: sum(FORMS.map((form) => byForm[form].readViolations)),
     byForm,
-    integritySweeps: (to.guest?.integritySweeps ?? 0) - (from.guest?.integritySweeps ?? 0),
+    integritySweeps: fullSweeps(from, to),
   };
+}
+
+export function secondsBetween(from: HostStatistics, to: HostStatistics): number {
+  return (to.uptimeMs - from.uptimeMs) / 1000;
+}
+
+/** The sweep that ended first had begun before `from`. */
+export function fullSweeps(from: HostStatistics, to: HostStatistics): number {
+  const ended = (to.guest?.integritySweeps ?? 0) - (from.guest?.integritySweeps ?? 0);
+  return Math.max(0, ended - 1);
 }
 
 /** Switches a second. */

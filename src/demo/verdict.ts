@@ -15,13 +15,10 @@ export interface GuestVerdict {
 /** How much faster one-level switches must be once they are relocated. */
 const REQUIRED_SPEEDUP = 20;
 
-/** What a run had to show and did not; empty for a good one. */
-export function shortcomings(
-  phases: Readonly<Record<'unhooked' | 'hooked' | 'relocated', Phase>>,
-  guest: GuestVerdict,
-  relocated: readonly Relocated[],
-  host: HostStatistics,
-): string[] {
+type Phases = Readonly<Record<'unhooked' | 'hooked' | 'relocated', Phase>>;
+
+/** What the guest should have shown and did not; empty for a good run. */
+export function guestShortcomings(phases: Phases, guest: GuestVerdict): string[] {
   const found: string[] = [];
   if (!guest.checksumOk) found.push("the guest's checksums are not what its workload computes");
   if (guest.integrityMismatches > 0) {
@@ -31,26 +28,59 @@ export function shortcomings(
   for (const [name, phase] of Object.entries(phases)) {
     if (phase.integritySweeps < 1) found.push(`no full integrity sweep in the ${name} phase`);
   }
-  if (relocated.length === 0) found.push('no load was relocated');
+  return found;
+}
+
+/** What the default hooks should have made slow, and the relocations fast again. */
+export function speedShortcomings(phases: Phases, relocations: number): string[] {
+  const found: string[] = [];
+  if (relocations === 0) found.push('no load was relocated');
   const speedup = rate(phases.relocated, 'one-level') / rate(phases.hooked, 'one-level');
   if (!(speedup >= REQUIRED_SPEEDUP)) {
     found.push(
       `one-level switches became ${speedup.toFixed(1)} times as fast, not ${REQUIRED_SPEEDUP} times`,
     );
   }
-  return [...found, ...lateViolations(relocated, host)];
+  return found;
+}
+
+type Violations = HostStatistics['violations'];
+
+export interface RelocatedPhase {
+  /** Loads relocated before the phase began. */
+  readonly before: readonly Relocated[];
+  /** Loads relocated since, up to the unload. */
+  readonly during: readonly Relocated[];
+  /** What the host had counted when the phase began, when it ended, and after the unload. */
+  readonly from: Violations;
+  readonly to: Violations;
+  readonly end: Violations;
 }
 
 /**
- * Every violation of a site was counted by the engine before it relocated the site; the host has counted
- * the same number, plus only those that it knows were under way just then.
+ * The relocated loads that still trapped, by a violation that was not under way when they were relocated.
+ *
+ * The host counts a violation when it is raised, and as stale when it is answered, which may be after the phase: stale
+ * ones are therefore taken from the last look. Of a load that was relocated before the phase, the host's counts alone
+ * decide. Of a load that became hot in the phase, every violation up to its relocation, at which none was
+ * outstanding, is one of the engine's hits.
  */
-function lateViolations(relocated: readonly Relocated[], host: HostStatistics): string[] {
-  const byRip = new Map(host.violations.sites.map((site) => [site.rip, site]));
-  return relocated.flatMap(({ site: rip, form, hits }) => {
-    const site = byRip.get(hex(rip));
-    if (form !== 'one-level' || site === undefined) return [];
-    const late = site.violations - site.stale - hits;
-    return late > 0 ? [`${site.site} was still trapped ${late} times after it had been relocated`] : [];
+export function lateViolations({ before, during, from, to, end }: RelocatedPhase): string[] {
+  const raisedBefore = (rip: string) => violationsAt(from, rip) - staleAt(from, rip);
+  return [
+    ...before.map(({ site }) => ({ rip: hex(site), allowed: raisedBefore(hex(site)) })),
+    ...during.map(({ site, hits }) => ({ rip: hex(site), allowed: hits })),
+  ].flatMap(({ rip, allowed }) => {
+    const late = violationsAt(to, rip) - staleAt(end, rip) - allowed;
+    const name = to.sites.find((site) => site.rip === rip)?.site;
+    return late > 0 ? [`${name} was still trapped ${late} times after it had been relocated`] : [];
   });
+}
+
+function violationsAt({ sites }: Violations, rip: string): number {
+  return sites.find((site) => site.rip === rip)?.violations ?? 0;
+}
+
+function staleAt({ sites }: Violations, rip: string): number {
+  return sites.find((site) => site.rip === rip)?.stale ?? 0;
 }

@@ -1,4 +1,4 @@
-import { closeSync, existsSync, openSync, readFileSync, rmSync, writeSync } from 'node:fs';
+import { closeSync, existsSync, openSync, readFileSync, rmSync, statSync, writeSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
 import { type Gpa, hex } from '../vmi/address.js';
 
@@ -93,10 +93,17 @@ export class Journal {
     return id;
   }
 
-  /** Records that a change has been undone. */
+  /**
+   * Records that a change has been undone. Where that cannot be written, on a full disk, undoing the others goes on
+   * all the same: the file then lists a change too much, which `create` compares with the guest.
+   */
   undone(id: number): void {
-    this.#write({ type: 'undone', id });
     this.#open.delete(id);
+    try {
+      this.#write({ type: 'undone', id });
+    } catch (error) {
+      if (!(error instanceof MemtablesError)) throw error;
+    }
   }
 
   /** How many changes are still in the guest. */
@@ -116,24 +123,58 @@ export class Journal {
   }
 }
 
-/** The changes of a journal that were not undone; its last line may be cut short. */
+/** How a journal begins. */
+const HEADER_START = '{"type":"journal","version":1,';
+const HEX_ADDRESS = /^0x[0-9a-f]{1,16}$/;
+const HEX_BYTES = /^([0-9a-f]{2})+$/;
+
+/**
+ * The changes of a journal that were not undone. Its last line may be cut short: what it announced was not done.
+ *
+ * @throws MemtablesError `JOURNAL_FAILED` when the file is no journal; it is left alone then
+ */
 function readLeftChanges(path: string): LeftChange[] {
+  // A device may have no end.
+  if (!guarded(path, () => statSync(path)).isFile()) throw notAJournal(path, 1);
+  const text = guarded(path, () => readFileSync(path, 'utf8'));
+  if (!text.startsWith(HEADER_START.slice(0, text.length))) throw notAJournal(path, 1);
   const left = new Map<number, LeftChange>();
-  for (const line of guarded(path, () => readFileSync(path, 'utf8'))
-    .split('\n')
-    .slice(0, -1)) {
-    const entry = guarded(path, () => JSON.parse(line));
-    if (entry.type === 'write') {
-      const change = guarded(path, () => ({
-        gpa: BigInt(entry.gpa),
-        after: Buffer.from(entry.after, 'hex'),
-      }));
-      left.set(entry.id, change);
-    } else if (entry.type === 'undone') {
-      left.delete(entry.id);
-    }
-  }
+  const lines = text.split('\n').slice(0, -1);
+  lines.forEach((line, index) => {
+    const entry = parseLine(line);
+    if (entry?.type === 'write') left.set(entry.id, entry);
+    else if (entry?.type === 'undone') left.delete(entry.id);
+    else if (entry === undefined || index > 0) throw notAJournal(path, index + 1);
+  });
   return [...left.values()];
+}
+
+type Entry =
+  | { readonly type: 'journal' }
+  | ({ readonly type: 'write'; readonly id: number } & LeftChange)
+  | { readonly type: 'undone'; readonly id: number };
+
+function parseLine(line: string): Entry | undefined {
+  let entry: Record<string, unknown>;
+  try {
+    entry = { ...JSON.parse(line) };
+  } catch {
+    return undefined;
+  }
+  const { type, id, gpa, after } = entry;
+  if (type === 'journal') return { type };
+  if (typeof id !== 'number') return undefined;
+  if (type === 'undone') return { type, id };
+  if (type !== 'write' || typeof gpa !== 'string' || typeof after !== 'string') return undefined;
+  if (!HEX_ADDRESS.test(gpa) || !HEX_BYTES.test(after)) return undefined;
+  return { type, id, gpa: BigInt(gpa), after: Buffer.from(after, 'hex') };
+}
+
+function notAJournal(path: string, line: number): MemtablesError {
+  return new MemtablesError('JOURNAL_FAILED', `${path} is not a journal of memtables`, {
+    remedy: 'Move the file away, or choose another place for the journal (--journal PATH).',
+    context: { path, line },
+  });
 }
 
 function guarded<T>(path: string, action: () => T): T {

@@ -1,0 +1,33 @@
+import { EXIT } from './exit-codes.js';
+import { exitNow } from './exit-now.js';
+import { stdoutBroken } from './output.js';
+
+const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+
+/**
+ * Aborted when the user wants the command to end: by Ctrl-C, a signal, or because nobody reads its results any more.
+ * A second signal ends the process at once.
+ */
+export function stopRequest(): AbortSignal {
+  const signalled = new AbortController();
+  for (const name of SIGNALS) {
+    process.on(name, () => {
+      if (signalled.signal.aborted) {
+        process.stderr.write(
+          'memtables: ended without unloading; the journal says what is still in the guest\n',
+        );
+        exitNow(EXIT.unload);
+      }
+      signalled.abort(new Error(`interrupted by ${name}`));
+    });
+  }
+  return AbortSignal.any([signalled.signal, stdoutBroken]);
+}
+
+/** Resolves when `signal` aborts. */
+export function aborted(signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    if (signal.aborted) resolve();
+    else signal.addEventListener('abort', () => resolve(), { once: true });
+  });
+}
