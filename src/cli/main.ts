@@ -1,4 +1,5 @@
 #!/usr/bin/env node
+import { readFileSync } from 'node:fs';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
@@ -36,6 +37,10 @@ function hooks(name: string, previous: readonly string[] = []): string[] {
   return [...previous, name];
 }
 
+function version(): string {
+  return JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')).version;
+}
+
 const vcpus = () =>
   new Option('--vcpus <n>', 'virtual CPUs of the embedded guest').argParser(integer(1, 8)).default(2);
 const seed = () =>
@@ -55,6 +60,7 @@ const program = new Command('memtables')
     'Hides kernel hooks in a live Windows VM and keeps it fast: hot switch-table loads are moved off the\n' +
       'read-trapped pages into handlers that load immediates. Start with: memtables demo',
   )
+  .version(version(), '--version')
   .showHelpAfterError('(see --help)')
   .exitOverride((error) => process.exit(error.exitCode === 0 ? EXIT.ok : EXIT.usage))
   .addHelpText('afterAll', EXIT_CODE_HELP);
