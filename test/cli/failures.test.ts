@@ -1,0 +1,191 @@
+import { execFileSync, spawnSync } from 'node:child_process';
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest';
+import { readGuestArtefacts } from '../../src/guest/artefacts.js';
+import { loadGuest } from '../../src/guest/loader.js';
+import { serveGuest } from '../../src/host/host.js';
+import { StatisticsClient } from '../../src/host/statistics-client.js';
+import { createMachine } from '../../src/machine/create-machine.js';
+import { PeImage } from '../../src/nt/pe.js';
+import { findSlack } from '../../src/slack/regions.js';
+import { Command, Host, PROFILE, run, start, temporaryDirectory } from './command.js';
+
+const HOOK = ['--hook', 'nt!NtQuerySystemInformation'];
+
+async function startHost(): Promise<Host> {
+  const host = await Host.start();
+  onTestFinished(() => host.stop());
+  return host;
+}
+
+/** Attaches and waits until changes are in the guest. */
+async function attached(host: Host, ...more: string[]): Promise<Command> {
+  const command = start(host.attach(...HOOK, ...more));
+  await command.prints('relocated');
+  return command;
+}
+
+function changesIn(journal: string): Record<string, unknown>[] {
+  return readFileSync(journal, 'utf8')
+    .trimEnd()
+    .split('\n')
+    .map((line) => JSON.parse(line))
+    .filter(({ type }) => type === 'write');
+}
+
+describe('the hypervisor', () => {
+  // It takes ten seconds to notice: it runs while the other tests do.
+  const directory = temporaryDirectory();
+  const socket = join(directory, 'kvmi');
+  const lonely = new Command(['attach', '-n', 'x', '-s', socket, '-j', PROFILE, ...HOOK]);
+  afterAll(() => rmSync(directory, { recursive: true }));
+
+  test('is killed while changes are in the guest', async () => {
+    const host = await startHost();
+    const command = await attached(host);
+    host.command.kill('SIGKILL');
+    expect(await command.ended).toBe(4);
+    expect(command.stderr).toContain('[HYPERVISOR_GONE]');
+    expect(command.stderr).toContain('what to do: Attach again');
+    expect(command.stderr).toContain(`changes are still in the guest; ${host.journal} lists them`);
+    expect(changesIn(host.journal).length).toBeGreaterThan(0);
+  });
+
+  test('stops answering: that is said, and the process ends although a call of libvmi does not', async () => {
+    const host = await startHost();
+    const command = await attached(host);
+    host.command.kill('SIGSTOP');
+    command.kill('SIGTERM');
+    expect(await command.ended).toBe(4);
+    expect(command.stderr).toMatch(/vmi_\w+ has not returned for \d+ ms \[HYPERVISOR_STUCK\]/);
+    expect(command.stderr).toContain(`${host.journal} lists them`);
+    expect(changesIn(host.journal).length).toBeGreaterThan(0);
+    host.command.kill('SIGCONT');
+    await host.expectReleased();
+  });
+
+  test('does not connect', async () => {
+    expect(await lonely.ended).toBe(3);
+    expect(lonely.stderr).toContain('[ATTACH_FAILED]');
+    expect(lonely.stderr).toContain(`what to do: Start the hypervisor so that it connects to ${socket}`);
+    expect(existsSync(socket)).toBe(false);
+  });
+});
+
+describe('a tool that is killed', () => {
+  test('leaves a journal, the guest is released, and the next one says what to do', async () => {
+    const host = await startHost();
+    const command = await attached(host);
+    command.kill('SIGKILL');
+    await command.ended;
+    await host.expectReleased();
+    const left = readFileSync(host.journal);
+    expect(changesIn(host.journal)[0]).toMatchObject({
+      owner: 'code of nt!NtQuerySystemInformation',
+      gpa: expect.stringMatching(/^0x/),
+      before: expect.stringMatching(/^(00)+$/),
+    });
+
+    const next = await run(host.attach(...HOOK));
+    expect(next.stderr).toContain("an earlier run's changes are still in the guest");
+    expect(next.stderr).toContain('[JOURNAL_FAILED]');
+    expect(next.stderr).toContain('what to do: Restart the guest, or put the bytes back');
+    expect(next.code).toBe(3);
+    expect(readFileSync(host.journal).equals(left)).toBe(true);
+    await host.expectReleased();
+  });
+
+  test('leaves a journal that is of no concern to a guest that was restarted', async () => {
+    const host = await startHost();
+    const path = join(host.directory, 'old');
+    const write = { type: 'write', id: 1, owner: 'x', gpa: '0x1000', before: '00', after: 'e90badf00d' };
+    writeFileSync(path, `{"type":"journal","version":1,"guest":"embedded"}\n${JSON.stringify(write)}\n`);
+    const { code } = await run(host.attach(...HOOK, '-t', '0.1', '--journal', path));
+    expect(code).toBe(0);
+    expect(existsSync(path)).toBe(false);
+    await host.expectAsFound();
+  });
+});
+
+describe('slack', () => {
+  test('that is used up: the hook is refused and the guest is as found', async () => {
+    const directory = temporaryDirectory();
+    onTestFinished(() => rmSync(directory, { recursive: true }));
+    const socket = join(directory, 'kvmi');
+    const artefacts = readGuestArtefacts();
+    const machine = createMachine({ vcpus: 1, memoryBytes: 64 << 20 });
+    const guest = loadGuest(machine, { image: artefacts.image, seed: 3 });
+    const gpaOf = (gva: bigint) => guest.translate(gva)!;
+    const sections = PeImage.fromFile(artefacts.image).sections;
+    const slack = findSlack(guest.kernelBase, sections, (gva, size) =>
+      machine.readPhysical(gpaOf(gva), size),
+    );
+    expect(slack.length).toBeGreaterThan(0);
+    for (const { gva, size } of slack) {
+      for (let at = gva; at < gva + BigInt(size); at++) machine.writePhysical(gpaOf(at), Buffer.of(0xcc));
+    }
+    machine.setTimer(0xd1, 1000);
+    const stop = new AbortController();
+    const served = serveGuest(machine, guest, artefacts, { socket, signal: stop.signal });
+    try {
+      const client = await StatisticsClient.connect(`${socket}.stats`);
+      const before = await client.image();
+      const { code, stderr } = await run(['attach', '-n', 'x', '-s', socket, '-j', PROFILE, ...HOOK]);
+      expect(stderr).toContain('[SLACK_EXHAUSTED]');
+      expect(stderr).toContain('what to do: ');
+      expect(code).toBe(6);
+      expect(before.equals(await client.image())).toBe(true);
+      expect(await client.statistics()).toMatchObject({ restrictedFrames: 0, outstandingEvents: 0 });
+      client.close();
+    } finally {
+      stop.abort();
+      await served;
+      machine.close();
+    }
+  });
+});
+
+const compiler = spawnSync('cc', ['--version']).status === 0;
+if (!compiler) {
+  // biome-ignore lint/suspicious/noConsole: a skip has to be seen
+  console.warn('SKIPPED: "a library with another ABI" needs a C compiler (cc)');
+}
+
+describe('the library', () => {
+  let directory: string;
+  beforeAll(() => {
+    directory = temporaryDirectory();
+  });
+  afterAll(() => rmSync(directory, { recursive: true }));
+
+  function attachWith(library: string): string[] {
+    return ['attach', '-n', 'x', '-s', join(directory, 'kvmi'), '-j', PROFILE, ...HOOK, '--libvmi', library];
+  }
+
+  test('is not there', async () => {
+    const { code, stderr } = await run(attachWith('/nowhere/libvmi.so'));
+    expect(stderr).toContain('[LIBRARY_NOT_LOADED]');
+    expect(stderr).toContain('what to do: Check --libvmi and MEMTABLES_LIBVMI');
+    expect(code).toBe(3);
+  });
+
+  test('is another file', async () => {
+    const { code, stderr } = await run(attachWith(PROFILE));
+    expect(stderr).toContain('[LIBRARY_NOT_LOADED]');
+    expect(code).toBe(3);
+  });
+
+  test.skipIf(!compiler)('a library with another ABI', async () => {
+    const library = join(directory, 'other.so');
+    const source = 'unsigned vmi_events_version(void) { return 8; }';
+    execFileSync('cc', ['-shared', '-fPIC', '-x', 'c', '-', '-o', library], { input: source });
+    const { code, stderr } = await run(attachWith(library));
+    expect(stderr).toContain(
+      "has version 8 of libvmi's events; only version 9 is known [LIBRARY_INCOMPATIBLE]",
+    );
+    expect(stderr).toContain('what to do: Name a libvmi 0.15');
+    expect(code).toBe(3);
+    expect(existsSync(join(directory, 'kvmi'))).toBe(false);
+  });
+});
