@@ -1,0 +1,142 @@
+import { describe, expect, test } from 'vitest';
+import { phaseBetween } from '../../src/demo/phase.js';
+import {
+  type GuestVerdict,
+  guestShortcomings,
+  lateViolations,
+  type Relocated,
+  type RelocatedPhase,
+  speedShortcomings,
+} from '../../src/demo/verdict.js';
+import { type Counts, hostStatistics } from './statistics.js';
+
+const GOOD_GUEST: GuestVerdict = {
+  checksumOk: true,
+  integritySweeps: 9,
+  integrityMismatches: 0,
+  identicalAfterUnload: true,
+};
+
+/** One second with so many one-level switches, and a whole sweep. */
+function second(switches: number, sweeps = 2) {
+  const end = hostStatistics({ uptimeMs: 1000, switches: { 'one-level': switches }, sweeps });
+  return phaseBetween(hostStatistics({}), end);
+}
+
+const GOOD_PHASES = { unhooked: second(5000), hooked: second(100), relocated: second(2000) };
+
+describe('the guest', () => {
+  test('that noticed nothing has no shortcoming', () => {
+    expect(guestShortcomings(GOOD_PHASES, GOOD_GUEST)).toEqual([]);
+  });
+
+  test.each<[Partial<GuestVerdict>, string]>([
+    [{ checksumOk: false }, "the guest's checksums are not what its workload computes"],
+    [{ integrityMismatches: 3 }, "the guest's integrity checker saw 3 changed bytes"],
+    [{ identicalAfterUnload: false }, 'the kernel image differs after unload'],
+  ])('%o', (change, says) => {
+    expect(guestShortcomings(GOOD_PHASES, { ...GOOD_GUEST, ...change })).toEqual([says]);
+  });
+
+  test.each(['unhooked', 'hooked', 'relocated'] as const)('was not swept in the %s phase', (name) => {
+    const phases = { ...GOOD_PHASES, [name]: second(2000, 1) };
+    expect(guestShortcomings(phases, GOOD_GUEST)).toEqual([`no full integrity sweep in the ${name} phase`]);
+  });
+});
+
+describe('the speed', () => {
+  test('of exactly 20 times is enough, a little less is not', () => {
+    expect(speedShortcomings(GOOD_PHASES, 1)).toEqual([]);
+    expect(speedShortcomings({ ...GOOD_PHASES, relocated: second(1999) }, 1)).toEqual([
+      'one-level switches became 20.0 times as fast, not 20 times',
+    ]);
+  });
+
+  test('of a guest that stood still in both phases is no speed', () => {
+    const phases = { ...GOOD_PHASES, hooked: second(0), relocated: second(0) };
+    expect(speedShortcomings(phases, 1)).toHaveLength(1);
+  });
+
+  test('without a relocation is none of ours', () => {
+    expect(speedShortcomings(GOOD_PHASES, 0)).toEqual(['no load was relocated']);
+  });
+});
+
+describe('violations after a relocation', () => {
+  const SITE = 0xfffff80000001000n;
+
+  function relocated(hits: number, site = SITE): Relocated {
+    return {
+      type: 'relocated',
+      site,
+      table: 0n,
+      form: 'one-level',
+      entries: 4,
+      handler: 0n,
+      handlerBytes: 91,
+      hits,
+    };
+  }
+
+  function look(violations: number, stale: number): RelocatedPhase['from'] {
+    const sites: Counts['sites'] = violations === 0 ? [] : [{ violations, stale }];
+    return hostStatistics({ sites }).violations;
+  }
+
+  const late = (looks: Partial<RelocatedPhase>) =>
+    lateViolations({ before: [], during: [], from: look(0, 0), to: look(0, 0), end: look(0, 0), ...looks });
+
+  describe('of a load relocated before the phase', () => {
+    const before = [relocated(100)];
+
+    test('none', () => {
+      expect(late({ before, from: look(100, 0), to: look(100, 0), end: look(100, 0) })).toEqual([]);
+    });
+
+    test('one is one too many, whatever the engine has counted', () => {
+      const says = ['NtSomething was still trapped 1 times after it had been relocated'];
+      expect(late({ before, from: look(100, 0), to: look(101, 0), end: look(101, 0) })).toEqual(says);
+      const lavish = [relocated(1_000_000)];
+      expect(late({ before: lavish, from: look(100, 0), to: look(101, 0), end: look(101, 0) })).toEqual(says);
+    });
+
+    test('a stale one is none, also when it is answered after the phase', () => {
+      expect(late({ before, from: look(100, 0), to: look(101, 1), end: look(101, 1) })).toEqual([]);
+      expect(late({ before, from: look(100, 0), to: look(101, 0), end: look(101, 1) })).toEqual([]);
+    });
+
+    test('a stale one from before the phase excuses no other', () => {
+      expect(late({ before, from: look(101, 1), to: look(102, 1), end: look(102, 1) })).toHaveLength(1);
+    });
+
+    test('the ones after the unload has restored the load do not count', () => {
+      expect(late({ before, from: look(100, 0), to: look(100, 0), end: look(140, 0) })).toEqual([]);
+    });
+  });
+
+  describe('of a load relocated in the phase', () => {
+    const during = [relocated(51)];
+
+    test('none: what had trapped by then are the hits', () => {
+      expect(late({ during, from: look(10, 0), to: look(51, 0), end: look(51, 0) })).toEqual([]);
+    });
+
+    test('one is one too many', () => {
+      expect(late({ during, from: look(10, 0), to: look(52, 0), end: look(52, 0) })).toHaveLength(1);
+    });
+
+    test('a stale one is none', () => {
+      expect(late({ during, from: look(10, 0), to: look(52, 0), end: look(52, 1) })).toEqual([]);
+    });
+
+    test('that was relocated when the phase had ended had trapped less by then', () => {
+      expect(late({ during, from: look(10, 0), to: look(40, 0), end: look(51, 0) })).toEqual([]);
+    });
+  });
+
+  test('a load that is none of the workload’s is not looked for', () => {
+    expect(late({ before: [relocated(60, 0xfffff80000009999n)], to: look(5, 0), end: look(5, 0) })).toEqual(
+      [],
+    );
+  });
+});
