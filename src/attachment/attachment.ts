@@ -112,7 +112,8 @@ export class Attachment extends EventEmitter<Events> {
       unloadSeconds: options.unloadSeconds ?? DEFAULT_UNLOAD_SECONDS,
       heartbeat,
     };
-    const worker = new Worker(new URL('./worker.js', import.meta.url), { workerData });
+    // Without the program's own Node options: `--input-type` of `node -e` would not fit a file.
+    const worker = new Worker(new URL('./worker.js', import.meta.url), { workerData, execArgv: [] });
     const pending = new Map<number, Pending>();
     let state: 'starting' | 'connecting' | 'connected' | 'attached' = 'starting';
 

@@ -1,4 +1,4 @@
-import { type ErrorCode, MemtablesError } from '../errors.js';
+import { type ErrorCode, type ErrorContext, MemtablesError } from '../errors.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import type { Gva } from '../vmi/address.js';
 
@@ -70,7 +70,7 @@ export function toPortable(error: unknown): PortableError {
       code: error.code,
       message: error.message,
       remedy: error.remedy,
-      context: error.context,
+      context: cloneable(error.context),
       stack: error.stack,
       cause: error.cause instanceof Error ? error.cause.message : undefined,
     };
@@ -84,6 +84,15 @@ export function toPortable(error: unknown): PortableError {
     stack: known.stack,
     cause: undefined,
   };
+}
+
+/** What cannot cross is told by its text: the error itself must not get lost. */
+function cloneable(context: ErrorContext): ErrorContext {
+  try {
+    return structuredClone(context);
+  } catch {
+    return Object.fromEntries(Object.entries(context).map(([name, value]) => [name, String(value)]));
+  }
 }
 
 export function fromPortable(portable: PortableError): Error {
