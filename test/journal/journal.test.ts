@@ -1,8 +1,18 @@
 import { appendFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { Journal, type LeftChange } from '../../src/journal/journal.js';
+
+const disk = vi.hoisted(() => ({ full: false }));
+vi.mock('node:fs', async (original) => {
+  const fs = await original<typeof import('node:fs')>();
+  const writeSync = (fd: number, text: string) => {
+    if (disk.full) throw new Error('ENOSPC: no space left on device');
+    return fs.writeSync(fd, text);
+  };
+  return { ...fs, writeSync };
+});
 
 const IDENTITY = { guest: 'vm', kernelBase: 0xffff_f800_0020_0000n, pdb: 'ntkrnlmp.pdb' };
 const CHANGE = {
@@ -18,7 +28,10 @@ beforeEach(() => {
   directory = mkdtempSync(join(tmpdir(), 'journal-'));
   path = join(directory, 'journal');
 });
-afterEach(() => rmSync(directory, { recursive: true }));
+afterEach(() => {
+  rmSync(directory, { recursive: true });
+  disk.full = false;
+});
 
 const create = (at = path, isInGuest: (change: LeftChange) => boolean = () => true) =>
   Journal.create(at, IDENTITY, isInGuest);
@@ -86,10 +99,48 @@ describe('journal', () => {
     );
   });
 
-  test('a file that is no journal is refused, not replaced', () => {
-    writeFileSync(path, 'precious\n');
-    expect(() => create()).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
-    expect(readFileSync(path, 'utf8')).toBe('precious\n');
+  test.each([
+    'precious',
+    'precious\n',
+    '{"precious":true}\n',
+    'null\n',
+    '[1]\n',
+    '\0\u0001',
+    '{"type":"journal","version":2,"guest":"vm"}\n',
+    '{"type":"journal","version":1,"guest":"vm"}\nprecious\n',
+    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"write","id":1,"gpa":"here","after":"00"}\n',
+    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"write","id":1,"gpa":"0x1","after":"0"}\n',
+    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"undone"}\n',
+  ])('a file that is no journal is refused, not replaced: %j', (text) => {
+    writeFileSync(path, text);
+    const refused = { code: 'JOURNAL_FAILED', message: `${path} is not a journal of memtables` };
+    expect(() => create(path, () => false)).toThrow(expect.objectContaining(refused));
+    expect(readFileSync(path, 'utf8')).toBe(text);
+  });
+
+  test.each(['', '{"type":"jour', '{"type":"journal","version":1,"guest":"v'])(
+    'a journal of a run that was killed as it began is replaced: %j',
+    (text) => {
+      writeFileSync(path, text);
+      create();
+      expect(lines()).toHaveLength(1);
+    },
+  );
+
+  test('something that is no file is refused: a device may have no end', () => {
+    expect(() => create('/dev/zero')).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
+    expect(() => create(directory)).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
+  });
+
+  test('a disk that is full stops changes, and does not stop undoing them', () => {
+    const journal = create();
+    const id = journal.record(CHANGE);
+    disk.full = true;
+    expect(() => journal.record(CHANGE)).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
+    expect(journal.outstanding).toBe(1);
+    journal.undone(id);
+    journal.close();
+    expect(existsSync(path)).toBe(false);
   });
 
   test('a place that cannot be written is a typed error', () => {
