@@ -45,79 +45,103 @@ function loadStamps() {
   }
 }
 
+function saveStamps(stamps) {
+  writeFileSync(STAMPS, `${JSON.stringify(stamps, null, 2)}\n`);
+}
+
 function has(command, args = ['--version']) {
   return spawnSync(command, args, { stdio: 'ignore' }).status === 0;
 }
 
 // stdout is left to the command that follows the set-up.
-function run(command, args, options = {}) {
-  const { status, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2], ...options });
+function run(command, args, remedy = 'see what it printed above') {
+  const { status, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2] });
   if (error) throw new SetupError(`${command} could not be started: ${error.message}`);
-  if (status !== 0) throw new SetupError(`'${command} ${args.join(' ')}' failed with status ${status}`);
+  if (status !== 0) throw new SetupError(`'${command} ${args.join(' ')}' failed: ${remedy}`);
+}
+
+/** Everything that is missing on this machine, with what to do about it. */
+function missingThings() {
+  const missing = [];
+  const [major, minor] = process.versions.node.split('.').map(Number);
+  if (major < 20 || (major === 20 && minor < 19)) {
+    missing.push(`Node 20.19 or later is needed, this is ${process.versions.node}: get one from nodejs.org`);
+  }
+  if (process.platform !== 'linux' || process.arch !== 'x64') {
+    missing.push(`Linux on x86-64 is needed, this is ${process.platform} on ${process.arch}`);
+  }
+  if (!has('npm')) missing.push('npm is missing: install it (it comes with Node from nodejs.org)');
+  if (!has('python3')) {
+    missing.push('python3 is missing: install Python 3 (Debian: apt-get install python3 python3-pip)');
+  } else if (!has('python3', ['-m', 'pip', '--version'])) {
+    missing.push('pip is missing: install it for python3 (Debian: apt-get install python3-pip)');
+  }
+  for (const [tool, what] of [
+    ['c++', 'a C++ compiler'],
+    ['make', 'make'],
+  ]) {
+    if (!has(tool))
+      missing.push(`${what} (${tool}) is missing: install it (Debian: apt-get install build-essential)`);
+  }
+  if (!has(ASSEMBLER) && !mayInstall()) {
+    missing.push(
+      `the guest's assembler (${ASSEMBLER}) is missing: install binutils for x86_64-w64-mingw32 ` +
+        '(Debian, as root: apt-get install binutils-mingw-w64-x86-64)',
+    );
+  }
+  return missing;
 }
 
 function checkMachine() {
-  const [major, minor] = process.versions.node.split('.').map(Number);
-  if (major < 20 || (major === 20 && minor < 19)) {
-    throw new SetupError(
-      `Node 20.19 or later is needed, this is ${process.versions.node}; get one from nodejs.org`,
-    );
-  }
-  if (process.platform !== 'linux' || process.arch !== 'x64') {
-    throw new SetupError(`Linux on x86-64 is needed, this is ${process.platform} on ${process.arch}`);
-  }
-  if (!has('python3'))
-    throw new SetupError('python3 is missing: install Python 3 (Debian: apt-get install python3)');
-  if (!has('python3', ['-m', 'pip', '--version'])) {
-    throw new SetupError('pip is missing: install it for python3 (Debian: apt-get install python3-pip)');
-  }
-  if (!has('c++') || !has('make')) {
-    throw new SetupError('a C++ toolchain is missing: install one (Debian: apt-get install build-essential)');
-  }
+  const missing = missingThings();
+  if (missing.length > 0) throw new SetupError(missing.join('\nsetup: error: '));
 }
 
 function installPackages() {
   // Not `npm ci`: it refuses a lock file that lists optional packages for this platform only.
-  run('npm', ['install', '--no-save', '--no-audit', '--no-fund', '--ignore-scripts']);
+  run(
+    'npm',
+    ['install', '--no-save', '--no-audit', '--no-fund', '--ignore-scripts'],
+    'check that the npm registry can be reached (npm ping; behind a proxy: npm config set proxy URL)',
+  );
 }
 
 function installUnicorn() {
   const wheels = join(DEPS, 'wheels');
   const target = join(DEPS, 'unicorn');
-  rmSync(target, { recursive: true, force: true });
   mkdirSync(wheels, { recursive: true });
   const requirements = join(wheels, 'requirements.txt');
   writeFileSync(requirements, `${UNICORN.requirement} --hash=sha256:${UNICORN.sha256}\n`);
-  run('python3', [
-    '-m',
-    'pip',
-    'download',
-    '--quiet',
-    '--no-deps',
-    '--only-binary=:all:',
-    '--require-hashes',
-    '-r',
-    requirements,
-    '-d',
-    wheels,
-  ]);
+  run(
+    'python3',
+    [
+      ...['-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--require-hashes'],
+      ...['-r', requirements, '-d', wheels],
+    ],
+    'check that PyPI can be reached (behind a proxy: set HTTPS_PROXY), and that pip is 19.3 or later',
+  );
   const wheel = readdirSync(wheels).find((name) => name.endsWith('.whl'));
+  rmSync(target, { recursive: true, force: true });
   run('python3', ['-m', 'zipfile', '-e', join(wheels, wheel), target]);
 }
 
 const ASSEMBLER = 'x86_64-w64-mingw32-as';
 
+function mayInstall() {
+  return process.getuid() === 0 && has('apt-get');
+}
+
 function installGuestAssembler() {
   if (has(ASSEMBLER)) return;
-  const manual = `the guest's assembler ${ASSEMBLER} is missing: install binutils for x86_64-w64-mingw32 (Debian: apt-get install binutils-mingw-w64-x86-64)`;
-  if (process.getuid() !== 0 || !has('apt-get')) throw new SetupError(manual);
-  say('installing binutils-mingw-w64-x86-64 (3 MB) with apt-get');
+  const name = 'binutils-mingw-w64-x86-64';
+  say(`installing ${name} (3 MB) with apt-get`);
   const install = () =>
-    spawnSync('apt-get', ['install', '-y', '-q', 'binutils-mingw-w64-x86-64'], { stdio: ['ignore', 2, 2] })
-      .status === 0;
+    spawnSync('apt-get', ['install', '-y', '-q', name], { stdio: ['ignore', 2, 2] }).status === 0;
   if (install()) return;
-  run('apt-get', ['update', '-q']);
-  if (!install()) throw new SetupError(manual);
+  // The package lists may be missing or old.
+  const remedy = `check that the Debian mirror can be reached, or install ${name} by hand`;
+  run('apt-get', ['update', '-q'], remedy);
+  if (!install()) throw new SetupError(`apt-get could not install ${name}: ${remedy}`);
 }
 
 function buildNative() {
@@ -126,7 +150,11 @@ function buildNative() {
   const prefix = dirname(dirname(process.execPath));
   if (!process.env.npm_config_nodedir && existsSync(join(prefix, 'include/node/node_api.h')))
     args.push('--nodedir', prefix);
-  run(process.execPath, args);
+  run(
+    process.execPath,
+    args,
+    "see the compiler's message above; where it could not fetch Node's headers, name a Node installation that has them: npm_config_nodedir=DIR",
+  );
 }
 
 function buildGuest() {
@@ -141,9 +169,9 @@ function buildTypeScript() {
 const steps = [
   {
     name: 'packages',
-    what: 'installing npm packages',
+    what: 'installing npm packages (150 MB on disk)',
     inputs: ['package-lock.json'],
-    outputs: ['node_modules'],
+    outputs: ['node_modules/.package-lock.json'],
     run: installPackages,
   },
   {
@@ -151,7 +179,7 @@ const steps = [
     what: 'fetching Unicorn 2.1.4 (16 MB)',
     inputs: [],
     salt: UNICORN.sha256,
-    outputs: [join(DEPS, 'unicorn')],
+    outputs: [join(DEPS, 'unicorn/unicorn/lib/libunicorn.so.2')],
     run: installUnicorn,
   },
   {
@@ -159,14 +187,14 @@ const steps = [
     what: 'building the native parts (about a minute)',
     inputs: ['binding.gyp', 'native/machine', 'native/kvmi'],
     salt: process.versions.modules,
-    outputs: ['build/Release'],
+    outputs: ['build/Release/machine.node', 'build/Release/kvmi.so'],
     run: buildNative,
   },
   {
     name: 'guest',
     what: 'building the guest kernel',
     inputs: ['native/guest', 'scripts/build-guest.mjs'],
-    outputs: ['build/guest'],
+    outputs: ['build/guest/ntoskrnl.exe', 'build/guest/ntoskrnl.json', 'build/guest/sites.json'],
     run: () => {
       installGuestAssembler();
       buildGuest();
@@ -176,7 +204,7 @@ const steps = [
     name: 'typescript',
     what: 'compiling TypeScript',
     inputs: ['src', 'tsconfig.json', 'tsconfig.build.json'],
-    outputs: ['dist'],
+    outputs: ['dist/cli/main.js'],
     run: buildTypeScript,
   },
 ];
@@ -190,9 +218,11 @@ function main() {
     if (stamps[step.name] === stamp && step.outputs.every(existsSync)) continue;
     say(step.what);
     const started = Date.now();
+    // Until it has succeeded again, what the last success left behind does not count.
+    saveStamps({ ...stamps, [step.name]: undefined });
     step.run();
     stamps[step.name] = stamp;
-    writeFileSync(STAMPS, `${JSON.stringify(stamps, null, 2)}\n`);
+    saveStamps(stamps);
     say(`${step.name} done in ${((Date.now() - started) / 1000).toFixed(1)} s`);
   }
 }
