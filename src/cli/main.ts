@@ -148,7 +148,7 @@ Example:
 
 The hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; a second Ctrl-C ends at once and may
 leave changes in the guest. The journal is removed by a clean unload; one that stays lists what is left.
-MEMTABLES_LOG=debug prints more.`,
+MEMTABLES_LOG=warn prints less.`,
   )
   .action((options) => run(() => attachCommand(options, new Output(options.json ?? false))));
 
