@@ -48,6 +48,36 @@ switch_function KeConnectInterrupt
     dword_table KeConnectInterrupt, 6, 6
 look_alike_records KeConnectInterrupt, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 8
 
+# The guard is signed: it lets negative indexes through.
+next_switch_id
+switch_function IoCsqRemoveIrp
+    index_from_argument rax
+    compare rax, 5
+    jg      .LIoCsqRemoveIrp_default
+    image_base rdx
+    load_dword IoCsqRemoveIrp, rcx, rdx, rax, .LIoCsqRemoveIrp_table
+    dispatch rcx, rdx
+    case_bodies IoCsqRemoveIrp, switch_id, 6
+    default_body IoCsqRemoveIrp, switch_id, 6
+    dword_table IoCsqRemoveIrp, 6, 6
+look_alike_records IoCsqRemoveIrp, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 8
+
+# A second way to the load leads around the guard.
+next_switch_id
+switch_function FsRtlCheckOplock
+    index_from_argument rax
+    image_base rdx
+    test    byte ptr [rsp + CHECKSUM_HOME], 1
+    jne     .LFsRtlCheckOplock_load
+    compare rax, 5
+    ja      .LFsRtlCheckOplock_default
+    load_dword FsRtlCheckOplock, rcx, rdx, rax, .LFsRtlCheckOplock_table
+    dispatch rcx, rdx
+    case_bodies FsRtlCheckOplock, switch_id, 6
+    default_body FsRtlCheckOplock, switch_id, 6
+    dword_table FsRtlCheckOplock, 6, 6
+look_alike_records FsRtlCheckOplock, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 6
+
 # --- loads that are no table load -------------------------------------------------------------------------------
 
 # A plain array of constants among the code: what is loaded is no address.
@@ -68,6 +98,97 @@ switch_function RtlComputeCrc32
     .set entry, entry + 1
     .endr
 look_alike_records RtlComputeCrc32, 16, rdx, rax, rcx, GUARD_NONE, not-a-switch, 16
+
+# One constant, not a table: there is no index.
+next_switch_id
+switch_function RtlGetNtGlobalFlags
+    image_base rdx
+.LRtlGetNtGlobalFlags_load:
+    .byte   0x8b, 0x8a                                              # mov ecx, [rdx + rva]
+    .rva    .LRtlGetNtGlobalFlags_table
+    mov     eax, [rsp + CHECKSUM_HOME]
+    rol     eax, 5
+    xor     eax, ecx
+    ret
+    .balign 4, 0xcc
+.LRtlGetNtGlobalFlags_table:
+    case_constant switch_id, 0
+look_alike_records RtlGetNtGlobalFlags, 1, rdx, rax, rcx, GUARD_NONE, no-index, 1
+
+# A comparison with what an array in the code holds: the first operand is the memory.
+next_switch_id
+switch_function RtlIsValidHandle
+    index_from_argument rax
+    image_base rdx
+    lea     r10, [rip + HandleConstants]
+    mov     r9d, [r10 + rax * 4]
+.LRtlIsValidHandle_load:
+    .byte   0x44, 0x39                                              # cmp [rdx + rax*4 + rva], r9d
+    modrm_indexed rn_r9, rn_rdx, rn_rax, 2
+    .rva    .LRtlIsValidHandle_table
+    mov     eax, [rsp + CHECKSUM_HOME]
+    jne     .LRtlIsValidHandle_differs
+    rol     eax, 5
+    xor     eax, r9d
+.LRtlIsValidHandle_differs:
+    ret
+.macro handle_constants
+    .set entry, 0
+    .rept 8
+    case_constant handle_switch_id, entry
+    .set entry, entry + 1
+    .endr
+.endm
+    .set handle_switch_id, switch_id
+    .balign 4, 0xcc
+.LRtlIsValidHandle_table:
+    handle_constants
+    .section .rdata,"dr"
+    .balign 4
+HandleConstants:
+    handle_constants
+    resume_section
+look_alike_records RtlIsValidHandle, 8, rdx, rax, r9, GUARD_NONE, destination-is-memory, 8
+
+# Three operands: the entry is multiplied by one.
+next_switch_id
+switch_function MmMapIoSpace
+    index_from_argument rax
+    compare rax, 4
+    ja      .LMmMapIoSpace_default
+    image_base rdx
+.LMmMapIoSpace_load:
+    .byte   0x6b                                                    # imul ecx, [rdx + rax*4 + rva], 1
+    modrm_indexed rn_rcx, rn_rdx, rn_rax, 2
+    .rva    .LMmMapIoSpace_table
+    .byte   1
+    dispatch rcx, rdx
+    case_bodies MmMapIoSpace, switch_id, 5
+    default_body MmMapIoSpace, switch_id, 5
+    dword_table MmMapIoSpace, 5, 5
+look_alike_records MmMapIoSpace, 5, rdx, rax, rcx, GUARD_CMP, three-operands, 7
+
+# Two loads of two bytes for each entry.
+next_switch_id
+switch_function HalTranslateBusAddress
+    index_from_argument rax
+    compare rax, 4
+    ja      .LHalTranslateBusAddress_default
+    image_base rdx
+    xor     ecx, ecx
+    .byte   0x66, 0x8b                                              # mov cx, [rdx + rax*4 + rva + 2]
+    modrm_indexed rn_rcx, rn_rdx, rn_rax, 2
+    .rva    .LHalTranslateBusAddress_table + 2
+    shl     ecx, 16
+.LHalTranslateBusAddress_load:
+    .byte   0x66, 0x8b                                              # mov cx, [rdx + rax*4 + rva]
+    modrm_indexed rn_rcx, rn_rdx, rn_rax, 2
+    .rva    .LHalTranslateBusAddress_table
+    dispatch rcx, rdx
+    case_bodies HalTranslateBusAddress, switch_id, 5
+    default_body HalTranslateBusAddress, switch_id, 5
+    dword_table HalTranslateBusAddress, 5, 5
+look_alike_records HalTranslateBusAddress, 5, rdx, rax, rcx, GUARD_CMP, operand-size, 7
 
 # A read of the system service table, as a driver would look up a service.
 next_switch_id
@@ -168,6 +289,21 @@ switch_function ExRaiseHardError
     .endr
 look_alike_records ExRaiseHardError, 5, rdx, rax, rcx, GUARD_CMP, scale, 7
 
+# The index is multiplied before the load.
+next_switch_id
+switch_function ExUuidCreate
+    index_from_argument rax
+    compare rax, 4
+    ja      .LExUuidCreate_default
+    shl     eax, 2
+    image_base rdx
+    load_dword ExUuidCreate, rcx, rdx, rax, .LExUuidCreate_table, 0
+    dispatch rcx, rdx
+    case_bodies ExUuidCreate, switch_id, 5
+    default_body ExUuidCreate, switch_id, 5
+    dword_table ExUuidCreate, 5, 5
+look_alike_records ExUuidCreate, 5, rdx, rax, rcx, GUARD_CMP, scale, 7
+
 # The base is the table itself: the load has no room for a jump.
 next_switch_id
 switch_function PsLookupProcessByProcessId
@@ -222,6 +358,22 @@ switch_function WmiQueryTraceInformation
     dword_table WmiQueryTraceInformation, 5, 5
     resume_section
 look_alike_records WmiQueryTraceInformation, 5, rdx, rax, rcx, GUARD_CMP, table-outside-code, 7
+
+# The load stays in memory, its table may be paged out.
+next_switch_id
+switch_function CmQueryKeyName
+    index_from_argument rax
+    compare rax, 4
+    ja      .LCmQueryKeyName_default
+    image_base rdx
+    load_dword CmQueryKeyName, rcx, rdx, rax, .LCmQueryKeyName_table
+    dispatch rcx, rdx
+    case_bodies CmQueryKeyName, switch_id, 5
+    default_body CmQueryKeyName, switch_id, 5
+    .section PAGE,"xr"
+    dword_table CmQueryKeyName, 5, 5
+    resume_section
+look_alike_records CmQueryKeyName, 5, rdx, rax, rcx, GUARD_CMP, pageable, 7
 
     .section .rdata,"dr"
     .balign 4

@@ -4,6 +4,7 @@
 .include "switch.inc"
 
 code_section .text$switches
+.Lswitches:
 
 # --- one level --------------------------------------------------------------------------------------------------
 
@@ -34,6 +35,18 @@ switch KeSetPriorityThread, entries=3, leaf=1, base=r9, idx=r10, dst=r11
 switch IoAllocateMdl, entries=2, leaf=1
 switch ExFreePoolWithTag, entries=1
 switch MmProbeAndLockPages, entries=16, stride=3, shift=1
+
+# The registers that the switches above leave out: as base, index and destination, every one but RSP can be.
+switch NtSetInformationKey, entries=9, base=rax, idx=rcx, dst=rdx
+switch NtOpenProcessToken, entries=11, base=rdi, idx=rbx, dst=rcx, save1=rbx, save2=rdi
+switch NtQuerySection, entries=6, idx=rbp, dst=rbx, save1=rbp, save2=rbx
+switch NtQueryMutant, entries=5, base=r8, idx=r12, dst=rbp, save1=r12, save2=rbp
+switch NtQueryTimer, entries=14, base=r9, idx=r13, dst=rsi, save1=r13, save2=rsi
+switch NtQuerySemaphore, entries=7, base=r10, idx=r14, dst=rdi, save1=r14, save2=rdi
+switch NtQueryEvent, entries=13, base=r11, idx=r15, dst=r12, save1=r15, save2=r12
+switch NtQueryObject, entries=9, base=r8, idx=r13, dst=r13, save1=r13
+switch NtSetInformationObject, entries=6, base=r14, dst=r14, second=r8, save1=r14
+switch NtSetInformationJobObject, entries=18, base=rcx, idx=rbx, dst=r15, save1=rbx, save2=r15
 
 # The guard jumps to the load itself.
 next_switch_id
@@ -120,6 +133,64 @@ switch KdChangeOption, entries=3, leaf=1, bytes=20, base=r11, lea=far
 switch NtQueryDirectoryFile, entries=8, bytes=100, run=5, bias=3
 switch ObOpenObjectByName, entries=7, bytes=50, base=rdi, idx=r9, dst=r10, save1=rdi
 
+switch NtQueryQuotaInformationFile, entries=7, bytes=70, base=r8, byteidx=r12, idx=r13, dst=rax, save1=r12, save2=r13
+switch NtSetQuotaInformationFile, entries=9, bytes=60, run=6, base=r13, byteidx=rsi, idx=r10, dst=r10, save1=rsi, save2=r13
+switch NtLockFile, entries=5, bytes=45, base=r14, byteidx=r8, idx=rdi, dst=rdx, save1=rdi, save2=r14
+switch NtUnlockFile, entries=6, bytes=33, run=2, base=r12, byteidx=rbx, idx=rbx, dst=r9, save1=rbx, save2=r12
+switch NtQueryOpenSubKeys, entries=4, bytes=25, base=r15, byteidx=rbp, idx=rcx, dst=r11, save1=rbp, save2=r15
+switch NtNotifyChangeKey, entries=8, bytes=64, base=rsi, byteidx=r11, idx=r14, dst=rsi, second=rdx, save1=rsi, save2=r14
+switch NtSetSecurityObject, entries=3, bytes=24, base=rax, byteidx=r10, idx=r15, dst=rbx, save1=rbx, save2=r15
+switch NtPrivilegeCheck, entries=6, bytes=90, run=9, base=rbp, idx=rsi, dst=rcx, save1=rsi, save2=rbp
+switch NtOpenObjectAuditAlarm, entries=5, bytes=28, idx=rbp, dst=r12, save1=rbp, save2=r12
+switch NtAccessCheckByType, entries=6, bytes=36, base=r9, byteidx=rdi, idx=r12, dst=r8, save1=rdi, save2=r12
+switch NtCallbackReturn, entries=4, bytes=30, byteidx=r13, idx=r8, dst=r14, save1=r13, save2=r14
+switch NtTraceControl, entries=5, bytes=35, byteidx=r14, idx=r9, dst=rbp, save1=r14, save2=rbp
+switch NtWaitForKeyedEvent, entries=3, bytes=21, byteidx=r15, idx=r10, dst=rdi, save1=r15, save2=rdi
+switch NtSystemDebugControl, entries=4, bytes=26, idx=rax, dst=r13, gap=1, save1=r13
+switch NtSetDebugFilterState, entries=4, bytes=22, base=r8, idx=rcx, dst=r15, save1=r15
+# More bytes than a byte counts, and an index whose type alone is the guard.
+switch FsRtlAddLargeMcbEntry, entries=20, bytes=700, run=11
+switch RtlUpcaseUnicodeChar, entries=9, bytes=256, run=6, guard=byte
+
+# The load lies on two pages.
+.org .Lswitches + 6 * PAGE_BYTES - 0x20, 0xcc
+next_switch_id
+switch_function FsRtlGetNextLargeMcbEntry
+    image_base rdx
+    index_from_argument rax
+    compare rax, 6
+    .byte   0x0f, 0x87                                              # ja, with a 32-bit distance
+    .long   .LFsRtlGetNextLargeMcbEntry_default - . - 4
+    .byte   0x0f, 0x1f, 0x80, 0, 0, 0, 0                            # nop
+    load_dword FsRtlGetNextLargeMcbEntry, rcx, rdx, rax, .LFsRtlGetNextLargeMcbEntry_table
+    dispatch rcx, rdx
+    case_bodies FsRtlGetNextLargeMcbEntry, switch_id, 7
+    default_body FsRtlGetNextLargeMcbEntry, switch_id, 7
+    dword_table FsRtlGetNextLargeMcbEntry, 7, 7, 2
+    end_function
+site_record FsRtlGetNextLargeMcbEntry, FsRtlGetNextLargeMcbEntry, FORM_ONE_LEVEL, 7, rdx, rax, rcx, GUARD_CMP, relocatable, FsRtlGetNextLargeMcbEntry
+call_record FsRtlGetNextLargeMcbEntry, FORM_ONE_LEVEL, 9
+model_record switch_id, 0, 0, 0, 7, 0, 1, 7, 2
+
+# The guard jumps to the byte load.
+next_switch_id
+switch_function NtFlushBuffersFile
+    image_base rdx
+    index_from_argument rax
+    compare rax, 39
+    jbe     .LNtFlushBuffersFile_byte_load
+    default_body NtFlushBuffersFile, switch_id, 5
+    load_byte NtFlushBuffersFile, rax, rdx, rax, .LNtFlushBuffersFile_bytes
+    load_dword NtFlushBuffersFile, rcx, rdx, rax, .LNtFlushBuffersFile_table
+    dispatch rcx, rdx
+    case_bodies NtFlushBuffersFile, switch_id, 5
+    dword_table NtFlushBuffersFile, 5, 5, 3
+    byte_table NtFlushBuffersFile, 40, 4, 5
+    end_function
+site_record NtFlushBuffersFile, NtFlushBuffersFile, FORM_TWO_LEVEL, 5, rdx, rax, rcx, GUARD_CMP, relocatable, NtFlushBuffersFile, 40, rax
+call_record NtFlushBuffersFile, FORM_TWO_LEVEL, 50
+model_record switch_id, 0, 0, 0, 5, 40, 4, 5, 3
+
 # One pair of tables, two loads of each.
 next_switch_id
 switch_function NtWriteFile
@@ -160,5 +231,7 @@ default_hook NtQuerySystemInformation
 default_hook NtSetInformationProcess
 default_hook NtSetInformationFile
 default_hook NtCreateFile
+default_hook SeAccessCheck
+default_hook NtTraceControl
 default_hook NtWriteFile
 default_hook ExAllocatePoolWithTag
