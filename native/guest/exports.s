@@ -7,10 +7,11 @@ code_section .text$kernel
 
 # A call among the first bytes.
 export KeQueryTickCount
-function KeQueryTickCount
+frame_function KeQueryTickCount, 0
     call    WlProcessorReport
     mov     rax, [rax + PROCESSOR_TICKS]
     ret
+end_frame_function
 unhookable KeQueryTickCount, call
 
 # The loop jumps back to the second instruction.

@@ -21,10 +21,7 @@
 code_section INIT
 
 # Copies the image as the loader left it.
-function WlKeepReferenceImage
-    push    rsi
-    push    rdi
-    sub     rsp, 8
+frame_function WlKeepReferenceImage, 8, rsi, rdi
     lea     rsi, [rip + __ImageBase]
     mov     eax, [rsi + PE_OFFSET]
     mov     ecx, [rsi + rax + PE_SIZE_OF_IMAGE]
@@ -35,15 +32,13 @@ function WlKeepReferenceImage
     mov     ecx, edx
     shr     ecx, 3
     rep movsq
-    add     rsp, 8
-    pop     rdi
-    pop     rsi
+    leave_frame
     ret
+end_frame_function
 
 code_section .text$kernel
 
-function WlIntegrityThread
-    sub     rsp, 0x28
+frame_function WlIntegrityThread, 0x28
     mov     ecx, 1
     call    KeDelayExecutionThread
     xor     r15d, r15d                          # sweeps
@@ -72,12 +67,10 @@ function WlIntegrityThread
     inc     r15d
     inc     qword ptr [rip + WlReport + REPORT_SWEEPS]
     jmp     .Lsweep
+end_frame_function
 
 # ECX = RVA, EDX = bytes, both whole pages; R15D = sweep.
-function WlCheckRange
-    push    rbx
-    push    rbp
-    sub     rsp, 0x28
+frame_function WlCheckRange, 0x28, rbx, rbp
     mov     ebx, ecx
     lea     ebp, [rcx + rdx]
 .Lnext_page:
@@ -90,19 +83,12 @@ function WlCheckRange
     call    WlCheckPageEdge
     jmp     .Lnext_page
 .Lrange_done:
-    add     rsp, 0x28
-    pop     rbp
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # ECX = RVA of a page, R15D = sweep.
-function WlCheckPage
-    push    rbx
-    push    rbp
-    push    rsi
-    push    rdi
-    push    r12
-    sub     rsp, 0x20
+frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r12
     mov     ebx, ecx
     lea     rsi, [rip + __ImageBase]
     add     rsi, rbx
@@ -146,13 +132,9 @@ function WlCheckPage
     add     r8, rbx
     mov     r9d, PAGE_BYTES
     call    WlCompare
-    add     rsp, 0x20
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbp
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # RSI = 256 bytes of the image, RDI = where they go; moves both on. One kind of read after the other.
 function WlReadNarrowly
@@ -239,11 +221,7 @@ function WlReadNarrowly
     ret
 
 # ECX = RVA of a page whose predecessor is checked too: reads that lie on both.
-function WlCheckPageEdge
-    push    rbx
-    push    rsi
-    push    rdi
-    sub     rsp, 0x20
+frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi
     mov     ebx, ecx
     lea     rsi, [rip + __ImageBase]
     add     rsi, rbx
@@ -286,11 +264,9 @@ function WlCheckPageEdge
     lea     r8, [rsi - 1]
     mov     r9d, 8
     call    WlCompare
-    add     rsp, 0x20
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # RCX = bytes read, RDX = the reference, R8 = where they were read, R9D = how many (a multiple of eight): counts
 # the bytes that differ and keeps the first.
@@ -326,11 +302,7 @@ function WlCompare
 
 # Reads a few code bytes at the entries of functions, as an unwinder looks at prologues: reads of code that are no
 # table loads. Called by one thread only.
-function WlReadLikeAnUnwinder
-    push    rbx
-    push    rsi
-    push    rdi
-    sub     rsp, 0x30
+frame_function WlReadLikeAnUnwinder, 0x30, rbx, rsi, rdi
     mov     esi, UNWINDER_READS
 .Lnext_unwinder_read:
     mov     rax, [rip + WlReport + REPORT_OTHER_READS]
@@ -361,11 +333,9 @@ function WlReadLikeAnUnwinder
     call    WlCompare
     dec     esi
     jnz     .Lnext_unwinder_read
-    add     rsp, 0x30
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
     .data
     .balign 16

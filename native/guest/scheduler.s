@@ -31,7 +31,7 @@ function KiReadyThread
     jmp     KiInsertTailList
 
 # RCX = KPRCB; RAX = the first ready thread, taken from the list, or 0.
-function KiSelectReadyThread
+frame_function KiSelectReadyThread, 0
     lea     r8, [rcx + _KPRCB.DispatcherReadyListHead]
     mov     rcx, [r8]
     cmp     rcx, r8
@@ -42,10 +42,10 @@ function KiSelectReadyThread
 .Lnone_ready:
     xor     eax, eax
     ret
+end_frame_function
 
 # RCX = old thread, RDX = new thread; interrupts are off. Returns when the old thread runs again.
-function KiSwapContext
-    sub     rsp, _KEXCEPTION_FRAME.Return
+frame_function KiSwapContext, _KEXCEPTION_FRAME.Return
     mov     [rsp + _KEXCEPTION_FRAME.Rbp], rbp
     mov     [rsp + _KEXCEPTION_FRAME.Rbx], rbx
     mov     [rsp + _KEXCEPTION_FRAME.Rdi], rdi
@@ -66,13 +66,12 @@ function KiSwapContext
     mov     r13, [rsp + _KEXCEPTION_FRAME.R13]
     mov     r14, [rsp + _KEXCEPTION_FRAME.R14]
     mov     r15, [rsp + _KEXCEPTION_FRAME.R15]
-    add     rsp, _KEXCEPTION_FRAME.Return
+    leave_frame
     ret
+end_frame_function
 
 # RBX = KPCR, RDI = old thread, RSI = new thread.
-function SwapContext
-    push    rbp
-    sub     rsp, _KSWITCH_FRAME.Rbp
+frame_function SwapContext, _KSWITCH_FRAME.Rbp, rbp
     mov     byte ptr [rsi + _KTHREAD.Running], 1
     mov     byte ptr [rsi + _KTHREAD.State], STATE_RUNNING
     mov     [rdi + _KTHREAD.KernelStack], rsp
@@ -94,23 +93,22 @@ function SwapContext
     mov     [rsi + _KTHREAD.QuantumTarget], rax
     inc     dword ptr [rsi + _KTHREAD.ContextSwitches]
     inc     dword ptr [rbx + PRCB + _KPRCB.KeContextSwitches]
-    add     rsp, _KSWITCH_FRAME.Rbp
-    pop     rbp
+    leave_frame
     ret
+end_frame_function
 
 # Where a thread that has never run begins: start routine and argument lie on its stack.
-function KiStartThread
+frame_function KiStartThread, 0
     mov     byte ptr gs:[_KPCR.Irql], PASSIVE_LEVEL
     pop     rax
     pop     rcx
     sti
     call    rax
     ud2
+end_frame_function
 
 # RCX = KPRCB, RDX = the current thread, which has been put wherever it belongs: runs another one.
-function KiSwapThread
-    push    rbx
-    sub     rsp, 0x20
+frame_function KiSwapThread, 0x20, rbx
     mov     rbx, rdx
     mov     [rsp], rcx
     call    KiSelectReadyThread
@@ -122,15 +120,13 @@ function KiSwapThread
     mov     rcx, rbx
     mov     rdx, rax
     call    KiSwapContext
-    add     rsp, 0x20
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # ECX = ticks: the calling thread waits that long.
 export KeDelayExecutionThread
-function KeDelayExecutionThread
-    push    rbx
-    sub     rsp, 0x20
+frame_function KeDelayExecutionThread, 0x20, rbx
     cli
     mov     byte ptr gs:[_KPCR.Irql], DISPATCH_LEVEL
     mov     rdx, gs:[_KPCR.CurrentPrcb]
@@ -148,12 +144,12 @@ function KeDelayExecutionThread
     call    KiSwapThread
     mov     byte ptr gs:[_KPCR.Irql], PASSIVE_LEVEL
     sti
-    add     rsp, 0x20
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # The idle thread of each processor, at DISPATCH_LEVEL: the clock never takes the processor from it.
-function KiIdleLoop
+frame_function KiIdleLoop, 0
     cli
     mov     rcx, gs:[_KPCR.CurrentPrcb]
     call    KiSelectReadyThread
@@ -171,23 +167,17 @@ function KiIdleLoop
     sti
     hlt
     jmp     KiIdleLoop
+end_frame_function
 
 # RAX = the part of the report about this processor; keeps the other registers.
 function WlProcessorReport
-    push    rcx
-    mov     ecx, gs:[PRCB + _KPRCB.Number]
-    imul    ecx, ecx, PROCESSOR_BYTES
-    lea     rax, [rip + WlReport]
-    lea     rax, [rax + rcx + REPORT_PROCESSORS]
-    pop     rcx
+    mov     eax, gs:[PRCB + _KPRCB.Number]
+    imul    eax, eax, PROCESSOR_BYTES
+    add     rax, [rip + WlProcessorReports]
     ret
 
 # The clock's service routine, on the ISR stack: time passes, waits end.
-function KeUpdateRunTime
-    push    rbx
-    push    rsi
-    push    rdi
-    sub     rsp, 0x20
+frame_function KeUpdateRunTime, 0x20, rbx, rsi, rdi
     mov     rbx, gs:[_KPCR.CurrentPrcb]
     inc     dword ptr [rbx + _KPRCB.ClockInterrupts]
     call    WlProcessorReport
@@ -218,16 +208,12 @@ function KeUpdateRunTime
     mov     [rbx + _KPRCB.NextThread], rax
     jmp     .Lnext_waiter
 .Lno_more_waiters:
-    add     rsp, 0x20
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # At DISPATCH_LEVEL with interrupts off, on the stack of the interrupted thread: DPCs, then another thread.
-function KiDispatchInterrupt
-    push    rbx
-    sub     rsp, 0x20
+frame_function KiDispatchInterrupt, 0x20, rbx
     mov     rbx, gs:[_KPCR.CurrentPrcb]
     test    dword ptr [rbx + _KPRCB.ClockInterrupts], TICKS_PER_DPC - 1
     jnz     .Lno_dpc
@@ -268,15 +254,20 @@ function KiDispatchInterrupt
     mov     rdx, [rsp]
     call    KiSwapThread
 .Lkeep_running:
-    add     rsp, 0x20
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # On the DPC stack, interruptible.
-function KiRetireDpcList
-    sub     rsp, 0x28
+frame_function KiRetireDpcList, 0x28
     call    WlProcessorReport
     inc     qword ptr [rax + PROCESSOR_DPCS]
     call    WlDpcRoutine
-    add     rsp, 0x28
+    leave_frame
     ret
+end_frame_function
+
+    .data
+    .balign 8
+WlProcessorReports:
+    .quad   WlReport + REPORT_PROCESSORS

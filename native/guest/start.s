@@ -24,7 +24,7 @@ code_section INIT
 
 # The entry point of every processor: see platform/ for what it finds.
 export KiSystemStartup
-function KiSystemStartup
+frame_function KiSystemStartup, 0
     cli
     cld
     mov     r12, rcx
@@ -44,11 +44,10 @@ function KiSystemStartup
     mov     rsp, gs:[PRCB + _KPRCB.RspBase]
     sub     rsp, 0x20
     jmp     KiIdleLoop
+end_frame_function
 
 # RCX = KPRCB: makes this processor use its own tables.
-function KiLoadProcessor
-    push    rbx
-    sub     rsp, 0x10
+frame_function KiLoadProcessor, 0x10, rbx
     lea     rbx, [rcx - PRCB]
     mov     word ptr [rsp], GDT_BYTES - 1
     mov     rax, [rbx + _KPCR.GdtBase]
@@ -92,22 +91,17 @@ function KiLoadProcessor
     rdmsr
     or      eax, EFER_SCE
     wrmsr
-    add     rsp, 0x10
-    pop     rbx
+    leave_frame
     ret
 .Lwrite_msr:
     mov     eax, edx
     shr     rdx, 32
     wrmsr
     ret
+end_frame_function
 
 # RCX = boot block. Runs on the first processor, before any other does anything.
-function KiInitializeKernel
-    push    rbx
-    push    rsi
-    push    rdi
-    push    r12
-    sub     rsp, 0x28
+frame_function KiInitializeKernel, 0x28, rbx, rsi, rdi, r12
     mov     rbx, rcx
     mov     [rip + KiBootBlock], rcx
     mov     rax, [rbx + BOOT_POOL]
@@ -151,12 +145,9 @@ function KiInitializeKernel
     call    WlPrint
     lea     rax, [rip + WlReport]
     mov     [rbx + BOOT_REPORT], rax
-    add     rsp, 0x28
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # ECX = bytes; RAX = zeroed memory that is never given back.
 export ExAllocatePool
@@ -175,9 +166,7 @@ function MmCreateKernelStack
     ret
 
 # One interrupt table for all processors: traps, the clock, and a stop for everything else.
-function KiBuildInterruptTable
-    push    rdi
-    push    rsi
+frame_function KiBuildInterruptTable, 0, rdi, rsi
     mov     ecx, IDT_BYTES
     call    ExAllocatePool
     mov     [rip + KiInterruptTable], rax
@@ -210,18 +199,12 @@ function KiBuildInterruptTable
     inc     esi
     cmp     esi, 256
     jb      .Lnext_gate
-    pop     rsi
-    pop     rdi
+    leave_frame
     ret
+end_frame_function
 
 # ECX = index: creates the processor's KPCR, descriptor table, TSS, stacks and idle thread.
-function KiCreateProcessor
-    push    rbx
-    push    rsi
-    push    rdi
-    push    r12
-    push    r13
-    sub     rsp, 0x20
+frame_function KiCreateProcessor, 0x20, rbx, rsi, rdi, r12, r13
     mov     r12d, ecx
     mov     ecx, _KPCR.size
     call    ExAllocatePool
@@ -305,19 +288,12 @@ function KiCreateProcessor
     mov     [rsi + _KPRCB.RspBase], rdx
     mov     rdi, [rbx + _KPCR.TssBase]
     mov     [rdi + _KTSS64.Rsp0], rdx
-    add     rsp, 0x20
-    pop     r13
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # RCX = 15 characters of name, EDX = process id, R8 = CR3; RAX = EPROCESS.
-function PsCreateProcess
-    push    rbx
-    push    rsi
-    push    rdi
+frame_function PsCreateProcess, 0, rbx, rsi, rdi
     mov     rsi, rcx
     mov     edi, edx
     mov     ecx, _EPROCESS.size
@@ -344,18 +320,13 @@ function PsCreateProcess
     mov     ecx, 15
     rep movsb
     mov     rax, rbx
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # RCX = process, RDX = start routine, R8 = its argument, R9D = processor; RAX = the new thread, not yet ready and
 # without a stack.
-function PsCreateThreadObject
-    push    rbx
-    push    rsi
-    push    rdi
-    push    r12
+frame_function PsCreateThreadObject, 0, rbx, rsi, rdi, r12
     mov     rsi, rcx
     mov     rdi, rdx
     mov     ecx, _ETHREAD.size
@@ -381,11 +352,9 @@ function PsCreateThreadObject
     lea     rdx, [rsi + _EPROCESS.ThreadListHead]
     call    KiInsertTailList
     mov     rax, rbx
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # RAX = thread, RCX = end of its kernel stack; keeps RAX.
 function PsSetKernelStack
@@ -399,11 +368,7 @@ function PsSetKernelStack
 
 # As PsCreateThreadObject, with a stack, and ready to run.
 export PsCreateSystemThread
-function PsCreateSystemThread
-    push    rbx
-    push    rsi
-    push    rdi
-    push    r12
+frame_function PsCreateSystemThread, 0, rbx, rsi, rdi, r12
     mov     rsi, rdx
     mov     rdi, r8
     mov     r12d, r9d
@@ -426,11 +391,9 @@ function PsCreateSystemThread
     mov     rcx, rbx
     call    KiReadyThread
     mov     rax, rbx
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
     .section .rdata,"dr"
     .balign 8

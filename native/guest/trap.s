@@ -9,7 +9,10 @@ code_section .text$kernel
 # From the machine frame (RSP at the error code) to a trap frame at RSP, with the volatile registers.
 .macro build_trap_frame
     push    rbp
+    .seh_pushreg rbp
     sub     rsp, _KTRAP_FRAME.Rbp
+    .seh_stackalloc _KTRAP_FRAME.Rbp
+    .seh_endprologue
     lea     rbp, [rsp + 0x80]                   # NT's own frame pointer
     mov     [rsp + _KTRAP_FRAME.Rax], rax
     mov     [rsp + _KTRAP_FRAME.Rcx], rcx
@@ -22,7 +25,10 @@ code_section .text$kernel
 
 # The clock interrupt of every processor.
 function KiClockInterrupt
+    .seh_proc KiClockInterrupt
+    .seh_pushframe
     push    rax                                 # in place of an error code
+    .seh_stackalloc 8
     build_trap_frame
     test    byte ptr [rsp + _KTRAP_FRAME.SegCs], RPL_USER
     jz      .Lclock_from_kernel
@@ -86,9 +92,11 @@ function KiClockInterrupt
 .Lclock_return_to_kernel:
     add     rsp, _KTRAP_FRAME.Rip
     iretq
+    .seh_endproc
 
 # SYSCALL: RAX = service, R10 = first argument, RCX = return address, R11 = flags.
 function KiSystemCall64
+    .seh_proc KiSystemCall64
     swapgs
     mov     gs:[_KPCR.UserRsp], rsp
     mov     rsp, gs:[PRCB + _KPRCB.RspBase]
@@ -97,9 +105,11 @@ function KiSystemCall64
     push    r11
     push    KGDT64_R3_CODE | RPL_USER
     push    rcx
+    .seh_pushframe
     push    rax                                 # in place of an error code
-    mov     rcx, r10
+    .seh_stackalloc 8
     build_trap_frame
+    mov     rcx, r10
     mov     byte ptr [rsp + _KTRAP_FRAME.PreviousMode], 1
     mov     byte ptr [rsp + _KTRAP_FRAME.PreviousIrql], PASSIVE_LEVEL
     mov     [rsp + _KTRAP_FRAME.Rbx], rbx
@@ -134,6 +144,7 @@ function KiSystemCall64
     mov     rsp, [rsp + _KTRAP_FRAME.Rsp]
     swapgs
     .byte   0x48, 0x0f, 0x07                    # sysretq
+    .seh_endproc
 
 # --- anything else stops the guest ------------------------------------------------------------------------------
 
@@ -155,7 +166,7 @@ KiTrapStubs:
     .endr
 
 # Stack: vector, error code, machine frame. Writes down what happened and stops this processor for good.
-function KiUnexpectedInterrupt
+frame_function KiUnexpectedInterrupt, 0
     cli
     lea     rdi, [rip + WlReport]
     mov     rax, [rsp]
@@ -181,9 +192,10 @@ function KiUnexpectedInterrupt
     cli
     hlt
     jmp     .Lstopped
+end_frame_function
 
 # RSI = zero-terminated text for the console.
-function WlPrint
+frame_function WlPrint, 0
     mov     al, [rsi]
     test    al, al
     jz      .Lprinted
@@ -192,9 +204,10 @@ function WlPrint
     jmp     WlPrint
 .Lprinted:
     ret
+end_frame_function
 
 # RDX = number, printed as 16 hexadecimal digits and a line end.
-function WlPrintHex
+frame_function WlPrintHex, 0
     mov     ecx, 16
 .Lnext_digit:
     rol     rdx, 4
@@ -210,6 +223,7 @@ function WlPrintHex
     jnz     .Lnext_digit
     mov     al, '\n'
     jmp     PlatformPutCharacter
+end_frame_function
 
 # --- system services --------------------------------------------------------------------------------------------
 

@@ -32,11 +32,7 @@ function WlCreateStream
     ret
 
 # Creates every thread; they run when the processors start.
-function WlCreateWorkload
-    push    rbx
-    push    rsi
-    push    rdi
-    sub     rsp, 0x20
+frame_function WlCreateWorkload, 0x20, rbx, rsi, rdi
     xor     esi, esi
 .Lnext_processor:
     mov     ecx, FORM_ONE_LEVEL
@@ -84,23 +80,20 @@ function WlCreateWorkload
     mov     r9d, [rip + KeNumberProcessors]
     dec     r9d
     call    PsCreateSystemThread
-    add     rsp, 0x20
-    pop     rdi
-    pop     rsi
-    pop     rbx
+    leave_frame
     ret
 .Lcreate_system_thread:
     mov     r8, rax
     mov     rcx, [rip + PsInitialSystemProcess]
     mov     r9d, esi
     jmp     PsCreateSystemThread
+end_frame_function
 
 code_section .text$kernel
 
 # RCX = stream: a thread that switches for ever, from the first tick on: until then the processor is idle.
-function WlWorkerThread
+frame_function WlWorkerThread, 0x28
     mov     rbx, rcx
-    sub     rsp, 0x28
     mov     ecx, 1
     call    KeDelayExecutionThread
 .Lwork:
@@ -108,11 +101,11 @@ function WlWorkerThread
     mov     edx, PUBLISH_INTERVAL
     call    WlRunStream
     jmp     .Lwork
+end_frame_function
 
 # RCX = stream: one round of all look-alikes and a few other readers, then a rest.
-function WlLookAlikeThread
+frame_function WlLookAlikeThread, 0x28
     mov     rbx, rcx
-    sub     rsp, 0x28
 .Llook_alike_round:
     mov     rcx, rbx
     lea     rdx, [rip + WlLookAlikeCallsEnd]
@@ -124,6 +117,7 @@ function WlLookAlikeThread
     mov     ecx, TICKS_BETWEEN_LOOK_ALIKES
     call    KeDelayExecutionThread
     jmp     .Llook_alike_round
+end_frame_function
 
 # Runs from the clock, on the DPC stack: switches there too.
 function WlDpcRoutine
@@ -135,16 +129,7 @@ function WlDpcRoutine
 
 # RCX = stream, EDX = switches: calls that many functions of the stream's form, chosen and fed by its generator
 # (xorshift32), and publishes the checksum. workload-model.ts does the same arithmetic.
-function WlRunStream
-    push    rbx
-    push    rbp
-    push    rsi
-    push    rdi
-    push    r12
-    push    r13
-    push    r14
-    push    r15
-    sub     rsp, 0x28
+frame_function WlRunStream, 0x28, rbx, rbp, rsi, rdi, r12, r13, r14, r15
     mov     rbx, rcx
     mov     r15d, edx
     lea     rsi, [rip + WlOneLevelCalls]
@@ -217,21 +202,14 @@ function WlRunStream
     mov     [rdx + SLOT_CHECKSUM], r13d
     mov     [rdx + SLOT_GENERATOR], r12d
     mov     [rbx + STREAM_SEQUENCE], eax
-    add     rsp, 0x28
-    pop     r15
-    pop     r14
-    pop     r13
-    pop     r12
-    pop     rdi
-    pop     rsi
-    pop     rbp
-    pop     rbx
+    leave_frame
     ret
+end_frame_function
 
 # --- user mode --------------------------------------------------------------------------------------------------
 
 # RCX = boot block: leaves for user mode, for good.
-function WlUserThreadStart
+frame_function WlUserThreadStart, 0
     cli
     push    KGDT64_R3_DATA | RPL_USER
     push    qword ptr [rcx + BOOT_USER_STACK]
@@ -249,6 +227,7 @@ function WlUserThreadStart
     xor     r11d, r11d
     swapgs
     iretq
+end_frame_function
 
     .section .rdata,"dr"
 # Position independent, copied to user memory: checks that no interrupt and no system call changes a register.
