@@ -128,7 +128,7 @@ switch IoBuildDeviceIoControlRequest, entries=10, bytes=204, run=7, base=r8, byt
 switch KeBugCheckEx, entries=16, bytes=256, run=3, base=r9, idx=rcx, dst=rcx
 switch SeAccessCheck, entries=4, bytes=40, run=3, base=r10, byteidx=rdx, idx=r11, dst=r8
 switch RtlUnicodeToMultiByteN, entries=5, bytes=30, run=2, base=rbx, dst=rax, save1=rbx
-switch FsRtlIsNameInExpression, entries=12, bytes=160, run=16, base=rcx, idx=rdx, dst=rax
+switch FsRtlIsNameInExpression, entries=12, bytes=192, run=16, base=rcx, idx=rdx, dst=rax
 switch KdChangeOption, entries=3, leaf=1, bytes=20, base=r11, lea=far
 switch NtQueryDirectoryFile, entries=8, bytes=100, run=5, bias=3
 switch ObOpenObjectByName, entries=7, bytes=50, base=rdi, idx=r9, dst=r10, save1=rdi

@@ -86,7 +86,7 @@ export interface GuestSites {
   readonly sites: readonly SwitchSite[];
   /** In the order of the guest's own call tables. */
   readonly calls: readonly WorkloadCall[];
-  /** Exports to hook by default: they put most of the tables on trapped pages. */
+  /** Exports to hook by default: they put every table that can be relocated on a trapped page. */
   readonly defaultHooks: readonly string[];
   readonly unhookable: readonly UnhookableExport[];
 }
