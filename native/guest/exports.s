@@ -53,6 +53,11 @@ function EtwpTraceStub
     xor     eax, eax
     ret
 
+    code_section PAGE
+function MmPagedStub
+    xor     eax, eax
+    ret
+
     code_section RETPOL
 function KiRetpolineStub
     ret
