@@ -165,9 +165,14 @@ KiTrapStubs:
     .set    vector, vector + 1
     .endr
 
-# Stack: vector, error code, machine frame. Writes down what happened and stops this processor for good.
+# Stack: vector, error code, machine frame. Writes down what happened, if it is the first, and stops this processor
+# for good.
 frame_function KiUnexpectedInterrupt, 0
     cli
+    mov     eax, 1
+    xchg    [rip + KiStopClaimed], eax
+    test    eax, eax
+    jnz     .Lstopped
     lea     rdi, [rip + WlReport]
     mov     rax, [rsp]
     mov     [rdi + REPORT_STOP_VECTOR], rax
@@ -274,6 +279,9 @@ StopMessage:
     .asciz  "*** STOP: vector, RIP, error code, CR2\n"
 
     .data
+    .balign 16
+KiStopClaimed:
+    .long   0
     .balign 16
 KeServiceDescriptorTable:
     .quad   KiServiceTable

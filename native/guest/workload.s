@@ -239,9 +239,17 @@ WlUserCode:
     xor     r12d, r12d                          # loops
     xor     r13d, r13d                          # errors
     mov     ebx, USER_PATTERN
-    movd    xmm1, ebx
     push    rbx
 .Luser_round:
+    .set    number, 0
+    .irp    register, rdx, rsi, rdi, rbp, r8, r9, r10, r11, r14, r15
+    .set    number, number + 1
+    lea     \register, [rbx + number]
+    .endr
+    .irp    number, 0, 1, 2, 3, 4, 5
+    lea     eax, [rbx + 16 + \number]
+    movd    xmm\number, eax
+    .endr
     mov     ecx, USER_LOOPS_PER_CALL
     xor     eax, eax
 .Luser_loop:
@@ -251,21 +259,44 @@ WlUserCode:
     jnz     .Luser_loop
     cmp     rax, USER_LOOPS_PER_CALL * (USER_LOOPS_PER_CALL + 1) / 2
     jne     .Luser_error
-    movd    eax, xmm1
-    cmp     eax, USER_PATTERN
+    lea     rax, [rbx + 7]
+    cmp     r10, rax
     jne     .Luser_error
-    cmp     [rsp], rbx
+    inc     rax
+    cmp     r11, rax
     jne     .Luser_error
     mov     r10, r12
     mov     eax, USER_SERVICE_TRANSFORM
-    syscall
-    lea     rdx, [r12 + r12 * 2 + 1]
-    cmp     rax, rdx
+    syscall                                     # leaves RCX, R10 and R11 undefined
+    lea     rcx, [r12 + r12 * 2 + 1]
+    cmp     rax, rcx
     jne     .Luser_error
-    cmp     ebx, USER_PATTERN
-    je      .Luser_report
+    mov     eax, USER_PATTERN
+    cmp     rbx, rax
+    jne     .Luser_error
+    cmp     [rsp], rbx
+    jne     .Luser_error
+    .set    number, 0
+    .irp    register, rdx, rsi, rdi, rbp, r8, r9, r10, r11, r14, r15
+    .set    number, number + 1
+    .ifnc   \register,r10
+    .ifnc   \register,r11
+    lea     rax, [rbx + number]
+    cmp     \register, rax
+    jne     .Luser_error
+    .endif
+    .endif
+    .endr
+    .irp    number, 0, 1, 2, 3, 4, 5
+    movd    ecx, xmm\number
+    lea     eax, [rbx + 16 + \number]
+    cmp     ecx, eax
+    jne     .Luser_error
+    .endr
+    jmp     .Luser_report
 .Luser_error:
     inc     r13
+    mov     ebx, USER_PATTERN
 .Luser_report:
     mov     r10, r12
     mov     rdx, r13
