@@ -14,7 +14,6 @@
 .set GDT_BYTES, 0x60
 .set IDT_BYTES, 0x1000
 .set GATE_INTERRUPT, 0x8e00
-.set CLOCK_VECTOR, 0xd1
 .set EXCEPTION_VECTORS, 32
 .set IDLE_PROCESS_ID, 0
 .set SYSTEM_PROCESS_ID, 4
@@ -22,7 +21,8 @@
 
 code_section INIT
 
-# The entry point of every processor: see platform/ for what it finds.
+# The entry point of every processor: see platform/ for what it finds. The first one sets up the kernel, the others
+# may come at any time.
 export KiSystemStartup
 frame_function KiSystemStartup, 0
     cli
@@ -33,6 +33,7 @@ frame_function KiSystemStartup, 0
     jnz     .Lwait_for_kernel
     call    KiInitializeKernel
     mov     dword ptr [rip + KiKernelReady], 1
+    call    PlatformStartProcessors
 .Lwait_for_kernel:
     pause
     cmp     dword ptr [rip + KiKernelReady], 0

@@ -2,7 +2,6 @@
 .include "guest.inc"
 
 .set TF, _KTRAP_FRAME.P1Home                    # RSP is the trap frame while one is being built
-.set CLOCK_VECTOR, 0xd1
 
 code_section .text$kernel
 

@@ -4,10 +4,10 @@ import { readGuestArtefacts } from '../../src/guest/artefacts.js';
 import { layOutImage } from '../../src/guest/image.js';
 import { ExportTable } from '../../src/nt/exports.js';
 import { FunctionTable } from '../../src/nt/pdata.js';
-import { PeImage } from '../../src/nt/pe.js';
+import { PeImage, type Section } from '../../src/nt/pe.js';
 import { loadProfile } from '../../src/nt/profile.js';
 import { PAGE_SIZE } from '../../src/vmi/address.js';
-import { Disassembler, FlowControl, gprName, Mnemonic } from '../../src/x86/instruction.js';
+import { Disassembler, FlowControl, gprName, type Instruction, Mnemonic } from '../../src/x86/instruction.js';
 import { GPR_NAMES } from '../../src/x86/registers.js';
 
 const artefacts = readGuestArtefacts();
@@ -76,6 +76,42 @@ const NT_OFFSETS: Record<string, Record<string, number>> = {
   },
 };
 
+/** Tables among the code. */
+const DATA = new Set(['KiServiceTable', 'KiServiceLimit', 'KiTrapStubs']);
+const profileText = JSON.parse(readFileSync(artefacts.profilePath, 'utf8'));
+const names = new Map(
+  Object.entries(profileText.symbols as Record<string, { address: number }>).map(([name, { address }]) => [
+    address,
+    name,
+  ]),
+);
+const nameAt = (rva: number) => names.get(rva) ?? `the function at ${rva.toString(16)}`;
+/** Functions are what is aligned as one and has a name; ascending. */
+const functionStarts = ({ rva, virtualSize }: Section) =>
+  [...names.keys()]
+    .filter((at) => at >= rva && at < rva + virtualSize && at % 16 === 0 && !DATA.has(nameAt(at)))
+    .sort((a, b) => a - b);
+
+/** From the start of a function to the next, or to the tables in between. */
+function instructionsOf(begin: number, section: Section): Instruction[] {
+  const ends = [...functionStarts(section), ...[...names.keys()].filter((at) => DATA.has(nameAt(at)))];
+  const end = Math.min(
+    ...[...ends, ...sites.map(({ tableRva }) => tableRva), section.rva + section.virtualSize].filter(
+      (at) => at > begin,
+    ),
+  );
+  const disassembler = new Disassembler(image.read(begin, end - begin), BigInt(begin));
+  const instructions: Instruction[] = [];
+  for (let at = 0; begin + at < end; ) {
+    const instruction = disassembler.at(at);
+    if (instruction === undefined) break;
+    instructions.push(instruction);
+    at += instruction.length;
+  }
+  disassembler.free();
+  return instructions;
+}
+
 describe('the image of the guest', () => {
   it('has the sections of an NT kernel, treated as NT treats them', () => {
     const found = Object.fromEntries(
@@ -126,6 +162,20 @@ describe('the image of the guest', () => {
       expect(target).toBeGreaterThanOrEqual(text.rva);
       expect(target).toBeLessThan(text.rva + text.virtualSize);
     }
+  });
+});
+
+describe('the platform layer', () => {
+  it('alone knows what the guest runs on: nothing else talks to a device or to a hypervisor', () => {
+    const talking = new Set<string>();
+    for (const section of image.sections.filter(({ executable }) => executable)) {
+      for (const begin of functionStarts(section)) {
+        for (const { mnemonic } of instructionsOf(begin, section)) {
+          if (HOST_INSTRUCTIONS.has(mnemonic)) talking.add(nameAt(begin));
+        }
+      }
+    }
+    expect([...talking]).toEqual(['PlatformPutCharacter']);
   });
 });
 
@@ -184,24 +234,14 @@ describe('the unwind data of the guest', () => {
 
   it('is there for every function that is not a leaf', () => {
     for (const section of image.sections.filter(({ executable }) => executable)) {
-      const disassembler = new Disassembler(
-        image.read(section.rva, section.virtualSize),
-        BigInt(section.rva),
-      );
       for (const begin of functionStarts(section)) {
         if (functions.entryAt(begin)?.begin === begin) continue;
-        for (let at = begin; ; ) {
-          const instruction = disassembler.at(at - section.rva);
-          expect(instruction, `${name(begin)} at ${at.toString(16)}`).toBeDefined();
-          const { flow, mnemonic, length } = instruction!;
-          const pushes = mnemonic === Mnemonic.Push || mnemonic === Mnemonic.Call;
-          expect(pushes, `${name(begin)} needs unwind data`).toBe(false);
-          if (flow === FlowControl.Return || flow === FlowControl.UnconditionalBranch) break;
-          if (flow === FlowControl.IndirectBranch) break;
-          at += length;
+        for (const { flow, mnemonic } of instructionsOf(begin, section)) {
+          const moves = mnemonic === Mnemonic.Push || mnemonic === Mnemonic.Call;
+          expect(moves, `${nameAt(begin)} needs unwind data`).toBe(false);
+          if (ENDS.has(flow)) break;
         }
       }
-      disassembler.free();
     }
   });
 
@@ -219,30 +259,22 @@ describe('the unwind data of the guest', () => {
         if (operation === PUSH_MACHINE_FRAME) trap = true;
       }
       // Of a trap handler the processor, or the handler itself, has pushed a machine frame before.
-      if (!trap) expect(saved, name(begin)).toEqual(pushedBy(begin, codes[1]!));
+      if (!trap) expect(saved, nameAt(begin)).toEqual(pushedBy(begin, codes[1]!));
     }
   });
-
-  const byAddress = new Map<number, string>();
-  for (const [symbol, { address }] of Object.entries(
-    JSON.parse(readFileSync(artefacts.profilePath, 'utf8')).symbols as Record<string, { address: number }>,
-  )) {
-    byAddress.set(address, symbol);
-  }
-  const name = (rva: number) => byAddress.get(rva) ?? `the function at ${rva.toString(16)}`;
-  /** Functions are what is aligned as one and has a name. */
-  const functionStarts = ({ rva, virtualSize }: { rva: number; virtualSize: number }) =>
-    [...byAddress.keys()].filter(
-      (at) => at >= rva && at < rva + virtualSize && at % 16 === 0 && !DATA.has(name(at)),
-    );
 });
 
 /** UWOP_*. */
 const PUSH_NONVOLATILE = 0;
 const ALLOCATE_LARGE = 1;
 const PUSH_MACHINE_FRAME = 10;
-/** Tables among the code. */
-const DATA = new Set(['KiServiceTable', 'KiServiceLimit', 'KiTrapStubs']);
+/** What ends a function. */
+const ENDS = new Set([FlowControl.Return, FlowControl.UnconditionalBranch, FlowControl.IndirectBranch]);
+/** What reaches a device or a hypervisor; MSRs and control registers are the processor's. */
+const HOST_INSTRUCTIONS = new Set([
+  ...[Mnemonic.In, Mnemonic.Insb, Mnemonic.Insd, Mnemonic.Out, Mnemonic.Outsb, Mnemonic.Outsd],
+  ...[Mnemonic.Vmcall, Mnemonic.Vmmcall, Mnemonic.Vmfunc, Mnemonic.Cpuid, Mnemonic.Rdtsc, Mnemonic.Rdtscp],
+]);
 
 function pushedBy(begin: number, prologueBytes: number): string[] {
   const disassembler = new Disassembler(image.read(begin, prologueBytes), BigInt(begin));

@@ -12,7 +12,12 @@
 
 code_section .text$kernel
 
-# Starts the periodic clock interrupt of this processor: the host raises vector 0xD1 by itself.
+# Called by the first processor once the kernel is up: starts the others, which enter as it did. The host has started
+# all of them at once.
+function PlatformStartProcessors
+    ret
+
+# Starts the periodic clock interrupt of this processor: the host raises CLOCK_VECTOR by itself.
 function PlatformStartClock
     ret
 
