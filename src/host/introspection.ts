@@ -369,12 +369,14 @@ export class Introspection {
       else this.machine.complete(vcpu.index);
       return;
     }
-    if (!vcpu.enabled.has(EventId.PF)) {
+    const access = ACCESS_BIT[trap.access];
+    // A further piece of an instruction may lie on a page that the tool has released by now: nobody would answer.
+    const allowed = (this.machine.access(gfnOf(trap.gpa)) & access) !== 0;
+    if (allowed || !vcpu.enabled.has(EventId.PF)) {
       this.machine.complete(vcpu.index);
       return;
     }
     this.observer.raised(trap);
-    const access = ACCESS_BIT[trap.access];
     this.raise(vcpu, EventId.PF, pageFaultEvent.encode({ gva: trap.gva, gpa: trap.gpa, access }), trap);
   }
 

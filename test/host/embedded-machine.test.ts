@@ -68,6 +68,22 @@ describe('the server over the embedded machine', () => {
     expect(paused.common.regs.rax).toBe(0x0807060504030201n);
   });
 
+  it('a second piece on a page that was released meanwhile raises no event: nobody would answer it', async () => {
+    const [before, after] = [DATA - 0x1000n, DATA];
+    fixture = await Fixture.attached(undefined, tinyGuest('488b43fcebfa', 1));
+    const { tool } = fixture;
+    for (const frame of [before, after]) await fixture.trap(frame, PageAccess.EXECUTE);
+    fixture.turn();
+    tool.answer(await tool.event(), { data: Buffer.from('01020304', 'hex') });
+    await tool.setAccess({ gpa: after, access: PageAccess.ALL });
+    fixture.turn();
+    fixture.turn();
+    const next = await tool.event();
+    expect(next.pageFault).toMatchObject({ gva: DATA - 4n });
+    const released = SECRET.subarray(0, 4).toString('hex');
+    expect(next.common.regs.rax).toBe(Buffer.from(`01020304${released}`, 'hex').readBigUInt64LE());
+  });
+
   it('registers set while paused are there when the vCPU runs on', async () => {
     const { tool } = await attach(READ_LOOP);
     const fault = await tool.event();
