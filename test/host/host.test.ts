@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -12,7 +12,7 @@ import { gfnOf, gpaOfFrame, PAGE_SIZE } from '../../src/vmi/address.js';
 import { Introspector } from './introspector.js';
 
 const VCPUS = 2;
-const MEMORY_MB = 64;
+const MEMORY_MB = 32;
 
 let directory: string;
 let socket: string;
@@ -67,6 +67,17 @@ describe('a host', () => {
     expect(guest!.switches['one-level']).toBeGreaterThan(0);
     expect(guest).toMatchObject({ integrityMismatches: 0, userErrors: 0 });
     expect(guest!.bugCheck).toBeUndefined();
+  });
+
+  it('says nothing that docs/host-statistics.md does not explain', async () => {
+    const text = readFileSync(new URL('../../docs/host-statistics.md', import.meta.url), 'utf8');
+    const all = await until((now) => now.guest !== undefined);
+    const { violations, guest } = all;
+    const [stream, processor] = [guest!.streams[0]!, guest!.processors[0]!];
+
+    for (const part of [all, violations, guest!, stream, processor]) {
+      for (const field of Object.keys(part)) expect(text, field).toMatch(new RegExp(`[\`".]${field}[\`"]`));
+    }
   });
 
   it('its image is whole and does not change by itself', async () => {
