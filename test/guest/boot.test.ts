@@ -1,9 +1,9 @@
 import { describe, expect, it } from 'vitest';
 import { readGuestArtefacts } from '../../src/guest/artefacts.js';
-import { nextRandom } from '../../src/guest/generator.js';
 import { BOOT_BLOCK, loadGuest } from '../../src/guest/loader.js';
 import { readGuestReport } from '../../src/guest/report.js';
 import { createMachine } from '../../src/machine/create-machine.js';
+import { nextRandom } from '../../src/random.js';
 import { PAGE_SIZE } from '../../src/vmi/address.js';
 import { SteppedGuest } from './stepped-guest.js';
 

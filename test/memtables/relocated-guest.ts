@@ -2,6 +2,7 @@ import type { Engine } from '../../src/memtables/engine.js';
 import type { EngineEvent } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { findProcessor } from '../../src/nt/processors.js';
+import { scanGuest } from '../../src/safety/scan.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
@@ -85,14 +86,14 @@ export function preemptAt(
   const currentThread = () => findProcessor(kernel, vcpu, guest.machine.registers(vcpu))!.currentThread;
   for (let tries = 0; tries < MOST_TRIES; tries++) {
     stepInto(guest, vcpu, find);
+    const { rip } = guest.machine.registers(vcpu);
     const thread = currentThread();
     guest.tick(vcpu);
-    for (let steps = 0; steps < STEPS_TO_SWITCH; steps++) {
-      stepOnce(guest, vcpu);
-      if (currentThread() === thread) continue;
-      for (let more = 0; more < STEPS_OUT_OF_SWITCH; more++) stepOnce(guest, vcpu);
-      return;
-    }
+    for (let steps = 0; steps < STEPS_TO_SWITCH && currentThread() === thread; steps++) stepOnce(guest, vcpu);
+    for (let more = 0; more < STEPS_OUT_OF_SWITCH; more++) stepOnce(guest, vcpu);
+    // It may have been a DPC that was interrupted, which goes on before the switch.
+    const { findings } = scanGuest(guest.hypervisor, kernel, [{ start: rip, end: rip + 1n, owner: 'here' }]);
+    if (findings.some(({ isRip, thread: owner }) => isRip && owner?.gva === thread)) return;
   }
   throw new Error('the thread is never preempted there');
 }

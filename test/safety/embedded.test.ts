@@ -1,9 +1,9 @@
 import { describe, expect, it } from 'vitest';
-import { nextRandom } from '../../src/guest/generator.js';
 import { discoverKernel, type Kernel } from '../../src/nt/kernel.js';
 import { processes } from '../../src/nt/processes.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { readThread, type Thread, ThreadState, threads } from '../../src/nt/threads.js';
+import { nextRandom } from '../../src/random.js';
 import { type ScanResult, scanGuest } from '../../src/safety/scan.js';
 import type { Gva } from '../../src/vmi/address.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
