@@ -21,7 +21,7 @@ import { whileQuiescent } from '../../src/vmi/quiescence.js';
 import { MachineHypervisor } from './machine-hypervisor.js';
 
 const MEMORY_BYTES = 64 << 20;
-const TIMER_VECTOR = 0xd1;
+export const TIMER_VECTOR = 0xd1;
 const TIMER_MICROSECONDS = 1000;
 const BOOT_RUNS = 20_000;
 

@@ -1,0 +1,38 @@
+import { expect, test } from 'vitest';
+import { SeededSchedule } from '../../src/machine/schedule.js';
+import { EmbeddedGuest, TIMER_VECTOR } from '../support/embedded-guest.js';
+import { handlerAt, hookAll, relocations, serve } from './relocated-guest.js';
+
+test.each([
+  { seed: 61, vcpus: 1 },
+  { seed: 62, vcpus: 2 },
+  { seed: 63, vcpus: 3 },
+  { seed: 64, vcpus: 4 },
+])(
+  'stepped by seed $seed on $vcpus vCPUs, the guest computes what it did and is identical after unload',
+  (options) => {
+    const guest = EmbeddedGuest.boot(options);
+    const before = guest.image();
+    const { engine, events, journal } = guest.attach({ threshold: 2 });
+    guest.stopTimer();
+    const schedule = new SeededSchedule(guest.machine, { seed: options.seed, timerVector: TIMER_VECTOR });
+    guest.hypervisor.advance = () => schedule.advance();
+    hookAll(guest, engine);
+    engine.relocating = true;
+    serve(guest, engine, () => relocations(events).length >= 20);
+    const insideHandler = () =>
+      Array.from({ length: options.vcpus }, (_, vcpu) => guest.machine.registers(vcpu).rip).some(
+        (rip) => handlerAt(events, rip) !== undefined,
+      );
+    serve(guest, engine, insideHandler);
+    const report = engine.unload();
+    expect(report.blocked).toBeGreaterThan(0);
+    expect(guest.image()).toBe(before);
+    expect(guest.hypervisor.trappedFrames).toEqual([]);
+    expect(journal.outstanding).toBe(0);
+    serve(guest, engine, () => guest.report().streams.every(({ count }) => count > 0n));
+    expect(guest.wrongStreams()).toEqual([]);
+    expect(guest.report().integrity.mismatches).toBe(0n);
+    expect(guest.report().bugCheck).toBeUndefined();
+  },
+);
