@@ -26,12 +26,20 @@ function RtlFillMemoryUlong
     ret
 unhookable RtlFillMemoryUlong, branch-target
 
-# Three bytes, and another function behind.
+# Three bytes, as its unwind data says.
 export KeGetCurrentIrqlTest
-function KeGetCurrentIrqlTest
+frame_function KeGetCurrentIrqlTest, 0
     xor     eax, eax
     ret
+end_frame_function
 unhookable KeGetCurrentIrqlTest, too-short
+
+# Three bytes, and nothing says so but the return.
+export KeGetRecommendedSharedDataAlignment
+function KeGetRecommendedSharedDataAlignment
+    mov     al, 64
+    ret
+unhookable KeGetRecommendedSharedDataAlignment, branch
 
 # A RIP-relative operand in the first bytes: a hook has to relocate it.
 export MmIsVerifierEnabled
