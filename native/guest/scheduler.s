@@ -2,7 +2,7 @@
 .include "guest.inc"
 
 # Every so many ticks a processor runs its DPC, on the DPC stack.
-.set TICKS_PER_DPC, 4
+.set TICKS_PER_DPC, 8
 
 code_section .text$kernel
 

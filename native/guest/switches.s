@@ -8,14 +8,14 @@ code_section .text$switches
 
 # --- one level --------------------------------------------------------------------------------------------------
 
-switch NtQuerySystemInformation, entries=200, bodies=120, stride=7
-switch NtSetSystemInformation, entries=153, base=r8, bodies=90, stride=11
-switch NtQueryInformationProcess, entries=100, base=r10, idx=rcx, dst=rcx
-switch NtSetInformationProcess, entries=64, idx=rcx, dst=rax, bodies=40, stride=3
-switch NtQueryInformationThread, entries=40, base=r9, dst=r8
-switch NtSetInformationThread, entries=32, base=rcx, dst=rdx
-switch NtQueryInformationFile, entries=25, base=r11, idx=r8
-switch NtSetInformationFile, entries=24, dst=rax
+switch NtQuerySystemInformation, entries=200, bodies=30, stride=7
+switch NtSetSystemInformation, entries=153, base=r8, bodies=25, stride=11
+switch NtQueryInformationProcess, entries=100, base=r10, idx=rcx, dst=rcx, bodies=21, stride=5
+switch NtSetInformationProcess, entries=64, idx=rcx, dst=rax, bodies=16, stride=3
+switch NtQueryInformationThread, entries=40, base=r9, dst=r8, bodies=14, stride=3
+switch NtSetInformationThread, entries=32, base=rcx, dst=rdx, bodies=12, stride=5
+switch NtQueryInformationFile, entries=25, base=r11, idx=r8, bodies=11, stride=3
+switch NtSetInformationFile, entries=24, dst=rax, bodies=10, stride=3
 switch NtQueryInformationToken, entries=22, base=rbx, save1=rbx
 switch NtSetInformationToken, entries=20, idx=r9, dst=r10
 switch NtPowerInformation, entries=16, base=r12, idx=rdi, save1=rdi, save2=r12
@@ -41,12 +41,12 @@ switch NtSetInformationKey, entries=9, base=rax, idx=rcx, dst=rdx
 switch NtOpenProcessToken, entries=11, base=rdi, idx=rbx, dst=rcx, save1=rbx, save2=rdi
 switch NtQuerySection, entries=6, idx=rbp, dst=rbx, save1=rbp, save2=rbx
 switch NtQueryMutant, entries=5, base=r8, idx=r12, dst=rbp, save1=r12, save2=rbp
-switch NtQueryTimer, entries=14, base=r9, idx=r13, dst=rsi, save1=r13, save2=rsi
+switch NtQueryTimer, entries=14, bodies=5, stride=2, base=r9, idx=r13, dst=rsi, save1=r13, save2=rsi
 switch NtQuerySemaphore, entries=7, base=r10, idx=r14, dst=rdi, save1=r14, save2=rdi
-switch NtQueryEvent, entries=13, base=r11, idx=r15, dst=r12, save1=r15, save2=r12
+switch NtQueryEvent, entries=13, bodies=5, stride=3, base=r11, idx=r15, dst=r12, save1=r15, save2=r12
 switch NtQueryObject, entries=9, base=r8, idx=r13, dst=r13, save1=r13
 switch NtSetInformationObject, entries=6, base=r14, dst=r14, second=r8, save1=r14
-switch NtSetInformationJobObject, entries=18, base=rcx, idx=rbx, dst=r15, save1=rbx, save2=r15
+switch NtSetInformationJobObject, entries=18, bodies=7, stride=2, base=rcx, idx=rbx, dst=r15, save1=rbx, save2=r15
 
 # The guard jumps to the load itself.
 next_switch_id
@@ -138,22 +138,9 @@ switch NtSetQuotaInformationFile, entries=9, bytes=60, run=6, base=r13, byteidx=
 switch NtLockFile, entries=5, bytes=45, base=r14, byteidx=r8, idx=rdi, dst=rdx, save1=rdi, save2=r14
 switch NtUnlockFile, entries=6, bytes=33, run=2, base=r12, byteidx=rbx, idx=rbx, dst=r9, save1=rbx, save2=r12
 switch NtQueryOpenSubKeys, entries=4, bytes=25, base=r15, byteidx=rbp, idx=rcx, dst=r11, save1=rbp, save2=r15
-switch NtNotifyChangeKey, entries=8, bytes=64, base=rsi, byteidx=r11, idx=r14, dst=rsi, second=rdx, save1=rsi, save2=r14
-switch NtSetSecurityObject, entries=3, bytes=24, base=rax, byteidx=r10, idx=r15, dst=rbx, save1=rbx, save2=r15
-switch NtPrivilegeCheck, entries=6, bytes=90, run=9, base=rbp, idx=rsi, dst=rcx, save1=rsi, save2=rbp
-switch NtOpenObjectAuditAlarm, entries=5, bytes=28, idx=rbp, dst=r12, save1=rbp, save2=r12
-switch NtAccessCheckByType, entries=6, bytes=36, base=r9, byteidx=rdi, idx=r12, dst=r8, save1=rdi, save2=r12
-switch NtCallbackReturn, entries=4, bytes=30, byteidx=r13, idx=r8, dst=r14, save1=r13, save2=r14
-switch NtTraceControl, entries=5, bytes=35, byteidx=r14, idx=r9, dst=rbp, save1=r14, save2=rbp
-switch NtWaitForKeyedEvent, entries=3, bytes=21, byteidx=r15, idx=r10, dst=rdi, save1=r15, save2=rdi
-switch NtSystemDebugControl, entries=4, bytes=26, idx=rax, dst=r13, gap=1, save1=r13
-switch NtSetDebugFilterState, entries=4, bytes=22, base=r8, idx=rcx, dst=r15, save1=r15
-# More bytes than a byte counts, and an index whose type alone is the guard.
-switch FsRtlAddLargeMcbEntry, entries=20, bytes=700, run=11
-switch RtlUpcaseUnicodeChar, entries=9, bytes=256, run=6, guard=byte
 
-# The load lies on two pages.
-.org .Lswitches + 6 * PAGE_BYTES - 0x20, 0xcc
+# One level, in between: the load lies on two pages. The switches above fill them.
+.org .Lswitches + 4 * PAGE_BYTES - 0x20, 0xcc
 next_switch_id
 switch_function FsRtlGetNextLargeMcbEntry
     image_base rdx
@@ -171,6 +158,20 @@ switch_function FsRtlGetNextLargeMcbEntry
 site_record FsRtlGetNextLargeMcbEntry, FsRtlGetNextLargeMcbEntry, FORM_ONE_LEVEL, 7, rdx, rax, rcx, GUARD_CMP, relocatable, FsRtlGetNextLargeMcbEntry
 call_record FsRtlGetNextLargeMcbEntry, FORM_ONE_LEVEL, 9
 model_record switch_id, 0, 0, 0, 7, 0, 1, 7, 2
+
+switch NtNotifyChangeKey, entries=8, bytes=64, base=rsi, byteidx=r11, idx=r14, dst=rsi, second=rdx, save1=rsi, save2=r14
+switch NtSetSecurityObject, entries=3, bytes=24, base=rax, byteidx=r10, idx=r15, dst=rbx, save1=rbx, save2=r15
+switch NtPrivilegeCheck, entries=6, bytes=90, run=9, base=rbp, idx=rsi, dst=rcx, save1=rsi, save2=rbp
+switch NtOpenObjectAuditAlarm, entries=5, bytes=28, idx=rbp, dst=r12, save1=rbp, save2=r12
+switch NtAccessCheckByType, entries=6, bytes=36, base=r9, byteidx=rdi, idx=r12, dst=r8, save1=rdi, save2=r12
+switch NtCallbackReturn, entries=4, bytes=30, byteidx=r13, idx=r8, dst=r14, save1=r13, save2=r14
+switch NtTraceControl, entries=5, bytes=35, byteidx=r14, idx=r9, dst=rbp, save1=r14, save2=rbp
+switch NtWaitForKeyedEvent, entries=3, bytes=21, byteidx=r15, idx=r10, dst=rdi, save1=r15, save2=rdi
+switch NtSystemDebugControl, entries=4, bytes=26, idx=rax, dst=r13, gap=1, save1=r13
+switch NtSetDebugFilterState, entries=4, bytes=22, base=r8, idx=rcx, dst=r15, save1=r15
+# More bytes than a byte counts, and an index whose type alone is the guard.
+switch FsRtlAddLargeMcbEntry, entries=20, bytes=400, run=7, bodies=9, stride=2
+switch RtlUpcaseUnicodeChar, entries=9, bytes=256, run=6, guard=byte
 
 # The guard jumps to the byte load.
 next_switch_id
@@ -228,10 +229,8 @@ switch ExAllocatePoolWithTag, entries=8, base=r8, dst=rcx
 
 # One function on each page that holds switch tables.
 default_hook NtQuerySystemInformation
-default_hook NtSetInformationProcess
 default_hook NtSetInformationFile
-default_hook NtCreateFile
+default_hook PoSetSystemState
 default_hook SeAccessCheck
-default_hook NtTraceControl
 default_hook NtWriteFile
 default_hook ExAllocatePoolWithTag

@@ -3,9 +3,10 @@
 
 # Switches between two publications of a stream's checksum.
 .set PUBLISH_INTERVAL, 64
-.set SWITCHES_PER_DPC, 8
+# Few: where each is a trap, a DPC is longer than a tick, and nothing else would run.
+.set SWITCHES_PER_DPC, 4
 .set TICKS_BETWEEN_LOOK_ALIKES, 8
-.set INTEGRITY_QUANTUM, 3
+.set INTEGRITY_QUANTUM, 5
 .set CALL_BYTES, 16
 .set CALL_RANGE, 8
 .set SEED_STEP, 0x9e3779b1

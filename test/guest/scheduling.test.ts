@@ -204,12 +204,14 @@ describe('the stacks of a processor', () => {
       ['isr', 'KeUpdateRunTime', 'KiDispatchInterrupt'],
       ['dpc', 'WlDpcRoutine', 'WlRunStream'],
     ] as const;
+    let stack = 'thread';
     for (let step = 0; step < 12_000; step++) {
-      if (step % 400 === 0) guest.tick(0);
+      const inDpc = stack === 'dpc' && step % 50 === 0;
+      if (step % 400 === 0 || inDpc) guest.tick(0);
       guest.machine.step(0, 1);
       const { rip, rsp } = guest.machine.registers(0);
       const { dpcStack, isrStack } = processor(0);
-      const stack = on(dpcStack, rsp) ? 'dpc' : on(isrStack, rsp) ? 'isr' : 'thread';
+      stack = on(dpcStack, rsp) ? 'dpc' : on(isrStack, rsp) ? 'isr' : 'thread';
       for (const [name, from, to] of routines) {
         if (rip >= guest.symbol(from) && rip < guest.symbol(to)) {
           seen.set(name, (seen.get(name) ?? new Set()).add(stack));

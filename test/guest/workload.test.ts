@@ -24,8 +24,8 @@ describe('the model of the workload', () => {
     for (const seed of seeds) {
       const guest = new SteppedGuest({ vcpus, seed });
       guest.until(
-        ({ streams }) => streams.length === 3 * vcpus + 1 && streams.every(({ count }) => count > 100n),
-        'a hundred switches of each stream',
+        ({ streams }) => streams.length === 3 * vcpus + 1 && streams.every(({ count }) => count > 25n),
+        'some switches of each stream',
       );
       expect(wrongStreams(guest), `seed ${seed}`).toEqual([]);
     }
