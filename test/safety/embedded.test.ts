@@ -17,7 +17,7 @@ const machineFrame = (rsp: Gva) => (rsp & ~15n) - 40n;
 /** An interrupt, a DPC and a context switch take fewer instructions. */
 const STEPS_AFTER_INTERRUPT = 600;
 const INSTRUCTIONS_TO_START = 200_000;
-const STEPS_BETWEEN_TICKS = 3000;
+const STEPS_BETWEEN_TICKS = 1000;
 const RANDOM_STEPS = 25_000;
 const SEARCH_STEPS = 200_000;
 
