@@ -4,13 +4,9 @@ import { setImmediate as turn } from 'node:timers/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
 import { MemtablesError } from '../errors.js';
-import { attachCommand } from './attach.js';
-import { demoCommand } from './demo.js';
 import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
-import { hostCommand } from './host.js';
 import { assertResultsWritten, Output, reportError } from './output.js';
-import { scanFile } from './scan.js';
 
 function integer(minimum: number, maximum: number) {
   return (text: string): number => {
@@ -47,8 +43,10 @@ const seed = () =>
   new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
     integer(0, 0xffffffff),
   );
-const hook = () =>
-  new Option('--hook <nt!Name>', 'kernel function to hook; may be given several times').argParser(hooks);
+const hook = (note: string) =>
+  new Option('--hook <nt!Name>', `kernel function to hook; may be given several times (${note})`).argParser(
+    hooks,
+  );
 const json = () => new Option('--json', 'print JSON lines instead of text');
 const library = () =>
   new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
@@ -57,7 +55,7 @@ const library = () =>
 
 const program = new Command('memtables')
   .description(
-    'Hides kernel hooks in a live Windows VM and keeps it fast: hot switch-table loads are moved off the\n' +
+    'Hides kernel hooks in a live Windows VM and keeps it fast: hot switch-table loads are moved off the ' +
       'read-trapped pages into handlers that load immediates. Start with: memtables demo',
   )
   .version(version(), '--version')
@@ -68,13 +66,13 @@ const program = new Command('memtables')
 program
   .command('demo')
   .description(
-    'Start an embedded host with an NT-like guest, attach, measure three phases (no hooks; hooks; hooks with\n' +
+    'Start an embedded host with an NT-like guest, attach, measure three phases (no hooks; hooks; hooks with ' +
       'relocation), unload, and prove that the guest is as it was.',
   )
   .addOption(vcpus())
   .addOption(new Option('--seconds <n>', 'length of each phase').argParser(seconds).default(3))
   .addOption(seed())
-  .addOption(hook())
+  .addOption(hook('default: six that trap most tables'))
   .addOption(library())
   .addOption(json())
   .addHelpText(
@@ -86,12 +84,17 @@ Examples:
   memtables demo --hook nt!NtCreateFile          hooks of your own; which pages they trap decides what gets slow
   memtables demo --json | tail -1                the figures`,
   )
-  .action((options) => run(() => demoCommand(options, new Output(options.json ?? false))));
+  .action((options) =>
+    run(async () => {
+      const { demoCommand } = await import('./demo.js');
+      await demoCommand(options, new Output(options.json ?? false));
+    }),
+  );
 
 program
   .command('host')
   .description(
-    'Run the embedded host: a hypervisor with an NT-like guest that connects to an introspection tool over KVMI,\n' +
+    'Run the embedded host: a hypervisor with an NT-like guest that connects to an introspection tool over KVMI, ' +
       'as QEMU does. Ends on Ctrl-C.',
   )
   .requiredOption('--socket <path>', 'unix socket of the introspection tool; retried until it exists')
@@ -108,18 +111,23 @@ Example, in two terminals:
 
 docs/host-statistics.md says what the statistics channel answers.`,
   )
-  .action((options) => run(() => hostCommand(options)));
+  .action((options) =>
+    run(async () => {
+      const { hostCommand } = await import('./host.js');
+      await hostCommand(options);
+    }),
+  );
 
 program
   .command('attach')
   .description(
-    'Attach to a running VM, hide the given hooks, and relocate the table loads they make expensive. Ends, with\n' +
+    'Attach to a running VM, hide the given hooks, and relocate the table loads they make expensive. Ends, with ' +
       'everything undone, on Ctrl-C or after -t seconds.',
   )
   .requiredOption('-n, --name <name>', 'the VM, as libvmi knows it')
   .requiredOption('-s, --socket <path>', 'unix socket that the hypervisor connects to')
   .requiredOption('-j, --profile <file>', "ISF profile of the guest's kernel (JSON)")
-  .addOption(hook())
+  .addOption(hook('at least one'))
   .addOption(
     new Option('-t, --time <seconds>', 'unload after this long (default: on Ctrl-C)').argParser(seconds),
   )
@@ -150,7 +158,12 @@ The hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; 
 leave changes in the guest. The journal is removed by a clean unload; one that stays lists what is left.
 MEMTABLES_LOG=warn prints less.`,
   )
-  .action((options) => run(() => attachCommand(options, new Output(options.json ?? false))));
+  .action((options) =>
+    run(async () => {
+      const { attachCommand } = await import('./attach.js');
+      await attachCommand(options, new Output(options.json ?? false));
+    }),
+  );
 
 program
   .command('scan')
@@ -158,9 +171,15 @@ program
   .argument('<file>', 'an x86-64 Windows executable, library or driver')
   .addOption(json())
   .addHelpText('after', '\nExample:\n  memtables scan ntoskrnl.exe')
-  .action((file, options) => run(() => scanFile(file, options, process.stdout)));
+  .action((file, options) =>
+    run(async () => {
+      const { scanFile } = await import('./scan.js');
+      scanFile(file, options, process.stdout);
+    }),
+  );
 
-async function run(action: () => Promise<void> | void): Promise<void> {
+/** A command is loaded when it is used: the decoder alone takes as long as the rest of a `--help`. */
+async function run(action: () => Promise<void>): Promise<void> {
   try {
     await action();
     // A failed write is told of a turn later.

@@ -100,7 +100,7 @@ describe('the demo', () => {
   });
 
   test.each([1, 4])('with %i vCPUs and a hook of the user’s', async (vcpus) => {
-    const hook = ['--hook', 'nt!NtQueryKey'];
+    const hook = ['--hook', 'nt!NtCreateFile'];
     const command = demo(
       '--seconds',
       '0.3',
@@ -117,7 +117,7 @@ describe('the demo', () => {
   });
 
   test('as text', async () => {
-    const command = demo('--seconds', '0.3', '--hook', 'nt!NtCreateFile');
+    const command = demo('--seconds', '0.1', '--vcpus', '1', '--hook', 'nt!NtCreateFile');
     expect(await command.ended).toBe(0);
     expect(command.stdout).toMatch(/^unhooked: switches one-level [\d,]+\/s \(0 trapped\), /);
     expect(command.stdout).toContain('\nhooked: switches ');
