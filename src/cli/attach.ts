@@ -32,7 +32,11 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
-  const stop = stopRequest();
+  const journal = options.journal ?? journalOf(options.socket);
+  const stop = stopRequest({
+    code: EXIT.unload,
+    message: `ended without unloading; ${journal} lists what is still in the guest`,
+  });
   log.info(`waiting for the hypervisor on ${options.socket}`);
   const attachment = await open(options, stop);
   const { kernel } = attachment;
@@ -61,7 +65,6 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
   } catch (error) {
     // Undo what is there before saying what failed; a worker that has ended has tried to.
     await attachment.unload().catch(() => {});
-    const journal = options.journal ?? journalOf(options.socket);
     if (existsSync(journal)) log.warn(`changes are still in the guest; ${journal} lists them`);
     throw error;
   }

@@ -2,6 +2,7 @@ import { type DemoSummary, demoFailed, runDemo } from '../demo/demo.js';
 import { FORMS, type Phase, rate } from '../demo/phase.js';
 import { MemtablesError } from '../errors.js';
 import { counts, describe } from './attach.js';
+import { EXIT } from './exit-codes.js';
 import { randomSeed } from './host.js';
 import { log, type Output } from './output.js';
 import { stopRequest } from './stop.js';
@@ -21,7 +22,10 @@ export interface DemoCommandOptions {
  */
 export async function demoCommand(options: DemoCommandOptions, output: Output): Promise<void> {
   const seed = options.seed ?? randomSeed();
-  const stop = stopRequest();
+  const stop = stopRequest({
+    code: EXIT.internal,
+    message: 'ended without unloading; the guest ends with the demo',
+  });
   log.info(`starting an embedded host with ${options.vcpus} vCPUs, seed ${seed}`);
   const { summary, shortcomings } = await runDemo(
     {

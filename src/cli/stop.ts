@@ -1,4 +1,3 @@
-import { EXIT } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
 import { stdoutBroken } from './output.js';
 
@@ -6,17 +5,15 @@ const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
 /**
  * Aborted when the user wants the command to end: by Ctrl-C, a signal, or because nobody reads its results any more.
- * A second signal ends the process at once.
+ * A second signal ends the process at once, with this code and message.
  */
-export function stopRequest(): AbortSignal {
+export function stopRequest(atOnce: { readonly code: number; readonly message: string }): AbortSignal {
   const signalled = new AbortController();
   for (const name of SIGNALS) {
     process.on(name, () => {
       if (signalled.signal.aborted) {
-        process.stderr.write(
-          'memtables: ended without unloading; the journal says what is still in the guest\n',
-        );
-        exitNow(EXIT.unload);
+        process.stderr.write(`memtables: ${atOnce.message}\n`);
+        exitNow(atOnce.code);
       }
       signalled.abort(new Error(`interrupted by ${name}`));
     });

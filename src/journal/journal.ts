@@ -43,10 +43,11 @@ export class Journal {
    * Creates the file at `path`.
    *
    * A journal that is there already was left by a run that did not undo its changes. It is replaced when none of
-   * them is in the guest any more, as after a restart of it.
+   * them is in the guest any more, as after a restart of it. A file that is something else is left alone.
    *
    * @param isInGuest whether these bytes are in the guest now
-   * @throws MemtablesError `JOURNAL_FAILED` when an earlier run's changes are still in the guest
+   * @throws MemtablesError `JOURNAL_FAILED` when an earlier run's changes are still in the guest, when the file is no
+   *   journal or that of another guest, or when it cannot be written
    */
   static create(
     path: string,
@@ -54,7 +55,14 @@ export class Journal {
     isInGuest: (change: LeftChange) => boolean,
   ): Journal {
     if (existsSync(path)) {
-      const left = readLeftChanges(path).filter(isInGuest);
+      const earlier = readJournal(path);
+      if (earlier.guest !== undefined && earlier.guest !== identity.guest) {
+        throw new MemtablesError('JOURNAL_FAILED', `${path} is the journal of the guest ${earlier.guest}`, {
+          remedy: 'Choose another place for the journal (--journal PATH); that guest may be in use.',
+          context: { path, guest: identity.guest },
+        });
+      }
+      const left = earlier.left.filter(isInGuest);
       if (left.length > 0) {
         throw new MemtablesError(
           'JOURNAL_FAILED',
@@ -129,15 +137,17 @@ const HEX_ADDRESS = /^0x[0-9a-f]{1,16}$/;
 const HEX_BYTES = /^([0-9a-f]{2})+$/;
 
 /**
- * The changes of a journal that were not undone. Its last line may be cut short: what it announced was not done.
+ * Whose a journal is, and its changes that were not undone. Its last line may be cut short: what it announced was not
+ * done.
  *
  * @throws MemtablesError `JOURNAL_FAILED` when the file is no journal; it is left alone then
  */
-function readLeftChanges(path: string): LeftChange[] {
+function readJournal(path: string): { readonly guest?: string; readonly left: readonly LeftChange[] } {
   // A device may have no end.
   if (!guarded(path, () => statSync(path)).isFile()) throw notAJournal(path, 1);
   const text = guarded(path, () => readFileSync(path, 'utf8'));
   if (!text.startsWith(HEADER_START.slice(0, text.length))) throw notAJournal(path, 1);
+  let guest: string | undefined;
   const left = new Map<number, LeftChange>();
   const lines = text.split('\n').slice(0, -1);
   lines.forEach((line, index) => {
@@ -145,12 +155,13 @@ function readLeftChanges(path: string): LeftChange[] {
     if (entry?.type === 'write') left.set(entry.id, entry);
     else if (entry?.type === 'undone') left.delete(entry.id);
     else if (entry === undefined || index > 0) throw notAJournal(path, index + 1);
+    else guest = entry.guest;
   });
-  return [...left.values()];
+  return { ...(guest === undefined ? {} : { guest }), left: [...left.values()] };
 }
 
 type Entry =
-  | { readonly type: 'journal' }
+  | { readonly type: 'journal'; readonly guest: string }
   | ({ readonly type: 'write'; readonly id: number } & LeftChange)
   | { readonly type: 'undone'; readonly id: number };
 
@@ -161,8 +172,8 @@ function parseLine(line: string): Entry | undefined {
   } catch {
     return undefined;
   }
-  const { type, id, gpa, after } = entry;
-  if (type === 'journal') return { type };
+  const { type, guest, id, gpa, after } = entry;
+  if (type === 'journal') return typeof guest === 'string' ? { type, guest } : undefined;
   if (typeof id !== 'number') return undefined;
   if (type === 'undone') return { type, id };
   if (type !== 'write' || typeof gpa !== 'string' || typeof after !== 'string') return undefined;

@@ -127,6 +127,14 @@ describe('journal', () => {
     },
   );
 
+  test('the journal of another guest is kept: its tool may be running', () => {
+    const other = Journal.create(path, { ...IDENTITY, guest: 'other' }, () => false);
+    other.record(CHANGE);
+    const before = readFileSync(path);
+    expect(() => create(path, () => false)).toThrow(`${path} is the journal of the guest other`);
+    expect(readFileSync(path)).toEqual(before);
+  });
+
   test('something that is no file is refused: a device may have no end', () => {
     expect(() => create('/dev/zero')).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
     expect(() => create(directory)).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
