@@ -38,6 +38,8 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
     {
       event: (event) => output.result(event, `  ${describe(event)}`),
       phaseBegins: (name) => log.info(`phase '${name}', ${options.seconds} s`),
+      phaseGoesOn: (name) =>
+        log.info(`phase '${name}' goes on until the guest's integrity checker has been through once`),
       phaseEnded: (name, phase) =>
         output.result({ type: 'phase', name, ...phase }, describePhase(name, phase)),
     },
