@@ -17,7 +17,7 @@ const READS_AS_PORT = /^\s*\+?0*[1-9]/;
  */
 export function prepareSocketPath(path: string): void {
   if (path === '' || path.includes('\0') || Buffer.byteLength(path) > MAX_PATH_BYTES) {
-    throw invalid(path, `is not a path of 1 to ${MAX_PATH_BYTES} bytes`, 'Choose a shorter path.');
+    throw invalid(path, `is not a path of 1 to ${MAX_PATH_BYTES} bytes`, 'Choose another path.');
   }
   if (READS_AS_PORT.test(path)) {
     throw invalid(
