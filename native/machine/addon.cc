@@ -2,6 +2,7 @@
 // nothing behind this file does.
 #include <napi.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 
@@ -49,14 +50,33 @@ Napi::Uint8Array bytes(const Napi::CallbackInfo& info, size_t index, const char*
   refuse(info.Env(), std::string(name) + " must be a Uint8Array");
 }
 
-Napi::BigUint64Array registerFile(const Napi::CallbackInfo& info, size_t index) {
+Napi::BigUint64Array words(const Napi::CallbackInfo& info, size_t index, size_t length, const char* name) {
   const Napi::Value value = info[index];
   if (value.IsTypedArray() && value.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
     const auto array = value.As<Napi::BigUint64Array>();
-    if (array.ElementLength() == kRegisterCount) return array;
+    if (array.ElementLength() == length) return array;
   }
-  refuse(info.Env(), "registers must be a BigUint64Array of " + std::to_string(kRegisterCount));
+  refuse(info.Env(), std::string(name) + " must be a BigUint64Array of " + std::to_string(length));
 }
+
+Napi::BigUint64Array registerFile(const Napi::CallbackInfo& info, size_t index) {
+  return words(info, index, kRegisterCount, "registers");
+}
+
+/** A report as 64-bit words, in the order of src/machine/report-block.ts; the registers come first. */
+enum ReportWord : size_t {
+  kReportKind = kRegisterCount,
+  kReportVcpu,
+  kReportAccess,
+  kReportPage,
+  kReportFrame,
+  kReportErrorCode,
+  kReportCodeLength,
+  kReportCode,
+  kReportWords = kReportCode + 2
+};
+static_assert(kLongestInstruction <= (kReportWords - kReportCode) * sizeof(uint64_t));
+constexpr uint64_t kNoReport = ~0ull;
 
 class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
  public:
@@ -150,18 +170,25 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
     return gfn << kPageShift;
   }
 
-  Napi::Value report(Napi::Env env, const std::optional<Report>& report) {
-    if (!report) return env.Undefined();
+  /** Writes the report, or that there is none, into the block that was passed. Objects would cost much more. */
+  void report(Info info, size_t index, const std::optional<Report>& report) {
+    Napi::BigUint64Array block = words(info, index, kReportWords, "report");
+    uint64_t* const into = block.Data();
+    if (!report) {
+      into[kReportKind] = kNoReport;
+      return;
+    }
+    const RegisterFile registers = readRegisters(machine_->vcpu(report->vcpu).engine());
+    std::copy(registers.begin(), registers.end(), into);
     const OpenInstruction& open = machine_->open(report->vcpu);
-    auto object = Napi::Object::New(env);
-    object.Set("kind", static_cast<double>(report->kind));
-    object.Set("vcpu", static_cast<double>(report->vcpu));
-    object.Set("access", static_cast<double>(report->stop.access));
-    object.Set("page", Napi::BigInt::New(env, report->stop.page));
-    object.Set("frame", Napi::BigInt::New(env, report->stop.frame >> kPageShift));
-    object.Set("errorCode", static_cast<double>(report->stop.errorCode));
-    object.Set("code", Napi::Buffer<uint8_t>::Copy(env, open.bytes, open.length));
-    return object;
+    into[kReportKind] = report->kind;
+    into[kReportVcpu] = report->vcpu;
+    into[kReportAccess] = report->stop.access;
+    into[kReportPage] = report->stop.page;
+    into[kReportFrame] = report->stop.frame >> kPageShift;
+    into[kReportErrorCode] = report->stop.errorCode;
+    into[kReportCodeLength] = open.length;
+    memcpy(into + kReportCode, open.bytes, open.length);
   }
 
   Napi::Value readPhysical(Info info) {
@@ -254,7 +281,8 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
     if (code.ElementLength() > sizeof open.bytes) refuse(info.Env(), "no instruction is that long");
     open.length = code.ElementLength();
     std::copy_n(code.Data(), open.length, open.bytes);
-    return report(info.Env(), machine_->complete(index));
+    report(info, 2, machine_->complete(index));
+    return info.Env().Undefined();
   }
 
   Napi::Value retry(Info info) {
@@ -290,17 +318,15 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
   Napi::Value run(Info info) {
     const uint64_t microseconds = integer(info, 0, "microseconds", kMostMicroseconds);
     const auto result = machine_->run(microseconds * kNanosecondsPerMicrosecond);
-    if (result.idle) return Napi::Boolean::New(info.Env(), true);
-    return report(info.Env(), result.report);
+    report(info, 1, result.report);
+    return Napi::Boolean::New(info.Env(), result.idle);
   }
 
   Napi::Value step(Info info) {
     constexpr double kMostInstructions = 1e12;
     const auto result = machine_->step(vcpuIndex(info), integer(info, 1, "instructions", kMostInstructions));
-    auto object = Napi::Object::New(info.Env());
-    object.Set("retired", static_cast<double>(result.retired));
-    object.Set("report", report(info.Env(), result.report));
-    return object;
+    report(info, 2, result.report);
+    return Napi::Number::New(info.Env(), static_cast<double>(result.retired));
   }
 
   Napi::Value takeConsole(Info info) {

@@ -42,7 +42,9 @@ interface Operand {
   readonly write: boolean;
 }
 
-interface DecodedCode {
+/** An instruction, as far as its accesses go. */
+export interface DecodedAccesses {
+  /** Of the instruction, or of all the code where it does not decode. */
   readonly length: number;
   readonly operands: readonly Operand[];
 }
@@ -51,17 +53,12 @@ interface DecodedCode {
 const MOST_CACHED = 4096;
 const BITS_PER_BYTE = 8n;
 
-const cache = new Map<string, DecodedCode>();
+const cache = new Map<string, DecodedAccesses>();
 const factory = new InstructionInfoFactory();
 
-/** The length of the first instruction in `code`, or all of it where it does not decode. */
-export function instructionLength(code: Uint8Array): number {
-  return decode(code).length;
-}
-
-/** What the first instruction in `code` accesses besides itself, in the order of its operands. */
-export function memoryAccesses(code: Uint8Array, registers: Registers): MemoryAccess[] {
-  return decode(code).operands.map((operand) => ({
+/** What the decoded instruction accesses besides itself, in the order of its operands. */
+export function memoryAccesses({ operands }: DecodedAccesses, registers: Registers): MemoryAccess[] {
+  return operands.map((operand) => ({
     gva: effectiveAddress(operand, registers),
     length: operand.length,
     read: operand.read,
@@ -81,7 +78,8 @@ export function pieceOnPage(access: MemoryAccess, page: Gva): { gva: Gva; length
   return behind > 0 && nextPage === page ? { gva: page, length: Math.min(behind, PAGE_SIZE) } : undefined;
 }
 
-function decode(code: Uint8Array): DecodedCode {
+/** The first instruction in `code`. */
+export function decodeAccesses(code: Uint8Array): DecodedAccesses {
   const key = Buffer.from(code.buffer, code.byteOffset, code.byteLength).toString('latin1');
   const known = cache.get(key);
   if (known !== undefined) return known;
@@ -91,7 +89,7 @@ function decode(code: Uint8Array): DecodedCode {
   return decoded;
 }
 
-function decodeAfresh(code: Uint8Array): DecodedCode {
+function decodeAfresh(code: Uint8Array): DecodedAccesses {
   const decoder = new Decoder(64, code, DecoderOptions.None);
   const instruction = decoder.decode();
   const info = factory.info(instruction);

@@ -1,17 +1,17 @@
 import { MemtablesError } from '../errors.js';
 import { type Gfn, type Gpa, type Gva, gfnOf, gpaOfFrame, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Registers } from '../x86/registers.js';
-import { instructionLength, type MemoryAccess, memoryAccesses, pieceOnPage } from './accesses.js';
+import { decodeAccesses, type MemoryAccess, memoryAccesses, pieceOnPage } from './accesses.js';
 import { ACCESS_EXECUTE, ACCESS_READ, type Machine, type MachineOptions, type Trap } from './machine.js';
+import { loadAddon, type NativeMachine } from './native.js';
+import { fromRegisterFile, REGISTER_COUNT, toRegisterFile } from './register-file.js';
 import {
-  loadAddon,
-  type NativeMachine,
   type NativeReport,
   REPORT_DENIED,
   REPORT_GUEST_FAULT,
   REPORT_SINGLE_STEP,
-} from './native.js';
-import { fromRegisterFile, REGISTER_COUNT, toRegisterFile } from './register-file.js';
+  ReportBlock,
+} from './report-block.js';
 
 /** A trapped instruction, from its first denied piece until it has retired. */
 interface OpenInstruction {
@@ -46,6 +46,7 @@ class EmbeddedMachine implements Machine {
   readonly #open: (OpenInstruction | undefined)[];
   /** Traps that `complete` came upon; the next `run` or `step` delivers them. */
   readonly #undelivered: (Trap | undefined)[];
+  readonly #block = new ReportBlock();
   #closed = false;
 
   constructor(native: NativeMachine, options: MachineOptions) {
@@ -121,7 +122,8 @@ class EmbeddedMachine implements Machine {
         return;
       }
     }
-    const report = this.#call((native) => native.complete(vcpu, open.code));
+    this.#call((native) => native.complete(vcpu, open.code, this.#block.words));
+    const report = this.#block.read();
     if (report?.kind === REPORT_DENIED) {
       this.#undelivered[vcpu] = this.#denied(report, open);
       return;
@@ -142,9 +144,10 @@ class EmbeddedMachine implements Machine {
     do {
       const traps = this.#takeUndelivered();
       if (traps.length > 0) return { traps, idle: false };
-      const outcome = this.#call((native) => native.run(left));
-      if (outcome === undefined || outcome === true) return { traps: [], idle: outcome === true };
-      const trap = this.#trapOf(outcome);
+      const idle = this.#call((native) => native.run(left, this.#block.words));
+      const report = this.#block.read();
+      if (report === undefined) return { traps: [], idle };
+      const trap = this.#trapOf(report);
       if (trap !== undefined) return { traps: [trap], idle: false };
       left = Math.floor(microseconds - (performance.now() - started) * MICROSECONDS_PER_MILLISECOND);
     } while (left >= 0);
@@ -159,10 +162,10 @@ class EmbeddedMachine implements Machine {
     }
     let retired = 0;
     for (;;) {
-      const outcome = this.#call((native) => native.step(vcpu, instructions - retired));
-      retired += outcome.retired;
-      if (outcome.report === undefined) return { retired };
-      const trap = this.#trapOf(outcome.report);
+      retired += this.#call((native) => native.step(vcpu, instructions - retired, this.#block.words));
+      const report = this.#block.read();
+      if (report === undefined) return { retired };
+      const trap = this.#trapOf(report);
       if (trap !== undefined) return { retired, trap };
     }
   }
@@ -193,13 +196,13 @@ class EmbeddedMachine implements Machine {
 
   /** The trap that a report stands for; the guest's own page faults are dealt with here. */
   #trapOf(report: NativeReport): Trap | undefined {
-    const { vcpu } = report;
-    const registers = this.registers(vcpu);
-    const code = report.code.subarray(0, instructionLength(report.code));
+    const { vcpu, registers } = report;
+    const decoded = decodeAccesses(report.code);
+    const code = report.code.subarray(0, decoded.length);
     const open: OpenInstruction = {
       code,
       rip: registers.rip,
-      accesses: memoryAccesses(code, registers),
+      accesses: memoryAccesses(decoded, registers),
       trap: {
         vcpu,
         kind: 'single-step',

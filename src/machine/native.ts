@@ -1,26 +1,10 @@
 import { createRequire } from 'node:module';
 import { MemtablesError } from '../errors.js';
 
-/** What kept a vCPU from going on; the numbers are those of native/machine/machine.h. */
-export const REPORT_GUEST_FAULT = 0;
-export const REPORT_DENIED = 1;
-export const REPORT_SINGLE_STEP = 2;
-
-export interface NativeReport {
-  readonly kind: number;
-  readonly vcpu: number;
-  /** One of the permission bits. */
-  readonly access: number;
-  /** The page that was touched; the engine does not say where in it. */
-  readonly page: bigint;
-  readonly frame: bigint;
-  /** Of the page fault that the guest is to get. */
-  readonly errorCode: number;
-  /** Up to 15 bytes from RIP on. */
-  readonly code: Buffer;
-}
-
-/** The addon's own interface. It refuses bad arguments with a RangeError and fails with an Error. */
+/**
+ * The addon's own interface. It refuses bad arguments with a RangeError and fails with an Error. What kept a vCPU
+ * from going on it writes into a block of words: report-block.ts.
+ */
 export interface NativeMachine {
   readPhysical(gpa: bigint, length: number): Buffer;
   writePhysical(gpa: bigint, bytes: Uint8Array): void;
@@ -35,16 +19,17 @@ export interface NativeMachine {
   /** Lets one piece of the open instruction through, its read bytes replaced by `data`. */
   answer(vcpu: number, gva: bigint, gfn: bigint, access: number, data?: Uint8Array): void;
   /** Executes `code`, or closes a trap that has no answers; a report means that it is still open. */
-  complete(vcpu: number, code: Uint8Array): NativeReport | undefined;
+  complete(vcpu: number, code: Uint8Array, report: BigUint64Array): void;
   /** Closes the trap; the instruction is fetched afresh. */
   retry(vcpu: number): void;
   raisePageFault(vcpu: number, gva: bigint, errorCode: number): void;
   setSingleStep(vcpu: number, enabled: boolean): void;
   raiseInterrupt(vcpu: number, vector: number): void;
   setTimer(vector: number, microseconds: number): void;
-  /** `true` when no vCPU could run. */
-  run(microseconds: number): NativeReport | true | undefined;
-  step(vcpu: number, instructions: number): { retired: number; report?: NativeReport };
+  /** Returns whether no vCPU could run. */
+  run(microseconds: number, report: BigUint64Array): boolean;
+  /** Returns how many instructions retired. */
+  step(vcpu: number, instructions: number, report: BigUint64Array): number;
   takeConsole(): Buffer;
   close(): void;
 }
