@@ -77,6 +77,28 @@ describe('a permission', () => {
     }
   });
 
+  it.each(['step', 'run'])(
+    'holds from the next access of a loop on that is in full swing, and no longer (%s)',
+    (mode) => {
+      // loop: mov rax, [rbx]; mov [rbx], rax; jmp loop
+      machine.writePhysical(CODE, hexBytes('488b03 488903 ebf8'));
+      machine.setRegisters(0, { rip: CODE, rbx: DATA });
+      const next = () => (mode === 'step' ? machine.step(0, 1000).trap : machine.run(500).traps[0]);
+      for (const [denied, access] of [
+        [ACCESS_READ, 'read'],
+        [ACCESS_WRITE, 'write'],
+        [ACCESS_EXECUTE, 'execute'],
+      ] as const) {
+        expect(next()).toBeUndefined();
+        setAccess(machine, denied === ACCESS_EXECUTE ? CODE : DATA, 1, ALL & ~denied);
+        expect(next()).toMatchObject({ access });
+        setAccess(machine, denied === ACCESS_EXECUTE ? CODE : DATA, 1, ALL);
+        machine.complete(0);
+      }
+      expect(next()).toBeUndefined();
+    },
+  );
+
   it('does not concern the host, nor the CPU that reads page tables and pushes interrupt frames', () => {
     setAccess(machine, 0n, machine.memoryBytes >> 12, ACCESS_EXECUTE);
     machine.writePhysical(DATA, hexBytes('0102'));
