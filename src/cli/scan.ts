@@ -1,21 +1,13 @@
 import { readFileSync, statSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
+import { seedHandlerSize } from '../handlers/seed.js';
 import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
 import type { RefusalReason, SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { toJson } from './output.js';
 
-/** The `seed` handler: a header, and a block an entry. */
-const HANDLER_HEADER = 47;
-const HANDLER_BLOCK = 11;
 const MAX_FILE_SIZE = 2 ** 30;
-/** Tables that are no reads of code pages: they are listed, but there is nothing to relocate. */
-const NOT_IN_CODE: ReadonlySet<RefusalReason> = new Set([
-  'table-outside-image',
-  'table-not-in-executable-section',
-]);
-
 interface Lines {
   write(text: string): unknown;
 }
@@ -28,12 +20,13 @@ interface Lines {
 export function scanFile(path: string, options: { readonly json?: boolean | undefined }, out: Lines): void {
   const image = PeImage.fromFile(readImageFile(path));
   const sites = scanImage(image);
-  const summary = summarise(path, sites);
+  const summary = summarise(path, image, sites);
   if (options.json) {
     for (const site of sites) out.write(`${toJson(siteRecord(image, site))}\n`);
     out.write(`${toJson(summary)}\n`);
     return;
   }
+  out.write(header(path, image));
   out.write(siteTable(image, sites));
   out.write(summaryText(summary));
 }
@@ -75,8 +68,13 @@ function siteRecord(image: PeImage, site: SwitchSite): Record<string, unknown> {
     back: hex(site.back),
     adjacent: site.adjacent,
     isBranchTarget: site.isBranchTarget,
-    handlerBytes: handlerBytes(site.entries),
+    handlerBytes: seedHandlerSize(site.entries),
   };
+}
+
+/** Reads of a table that lies elsewhere never trap: there is nothing to relocate. */
+function isInCode(image: PeImage, { table }: SwitchSite): boolean {
+  return table === undefined || image.sectionAt(table)?.executable === true;
 }
 
 interface Summary extends Record<string, unknown> {
@@ -94,14 +92,14 @@ interface Summary extends Record<string, unknown> {
   readonly handlerBytes: number;
 }
 
-function summarise(file: string, sites: readonly SwitchSite[]): Summary {
+function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): Summary {
   const loads = { 'one-level': 0, 'two-level': 0 };
   const proven = { 'one-level': 0, 'two-level': 0 };
   const refused: Partial<Record<RefusalReason, number>> = {};
   const lengths: number[] = [];
   let notInCode = 0;
   for (const site of sites) {
-    if (!site.proven && NOT_IN_CODE.has(site.reason)) {
+    if (!isInCode(image, site)) {
       notInCode++;
       continue;
     }
@@ -121,59 +119,90 @@ function summarise(file: string, sites: readonly SwitchSite[]): Summary {
     refused,
     notInCode,
     entries: lengths.length === 0 ? undefined : { median: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) },
-    handlerBytes: lengths.reduce((sum, entries) => sum + handlerBytes(entries), 0),
+    handlerBytes: lengths.reduce((sum, entries) => sum + seedHandlerSize(entries), 0),
   };
 }
 
-function handlerBytes(entries: number): number {
-  return HANDLER_HEADER + HANDLER_BLOCK * entries;
+const COLUMNS = ['load', 'section', 'form', 'table', 'entries', 'handler', 'end of the table'] as const;
+/** Columns of numbers. */
+const RIGHT_ALIGNED: ReadonlySet<number> = new Set([0, 3, 4, 5]);
+const INDENT = '  ';
+
+const REASONS: Record<RefusalReason, string> = {
+  'not-in-function': 'no code is known to run there',
+  'function-too-complex': 'the function is too large to analyse',
+  'indirect-jump-unresolved': 'another jump of the function may go anywhere',
+  'not-a-table-load': 'no load of a table',
+  'not-a-dword-load': 'entries are not 4 bytes',
+  'address-size-prefix': 'the address has 32 bits',
+  'scale-not-4': 'the index is not scaled by 4',
+  'stack-pointer-as-destination': 'the load changes the stack pointer',
+  'shorter-than-a-jump': 'the load is shorter than a jump',
+  'not-a-switch': 'no jump follows',
+  'base-not-proven': 'the base register may not hold the image base',
+  'table-outside-image': 'the table is outside of the image',
+  'table-not-in-executable-section': 'the table is not in code',
+  'table-in-writable-section': 'the table may be written to',
+  'bound-not-proven': 'no guard bounds the index',
+  'table-overlaps-code': 'the index reaches over the table, into code',
+  'table-overlaps-table': 'the index reaches over the table, into another one',
+  'entry-outside-image': 'an entry is outside of the image',
+  'entry-not-executable': 'an entry is not in code',
+  'entry-not-an-instruction': 'an entry is no instruction of the function',
+};
+
+function header(path: string, image: PeImage): string {
+  const code = image.sections.filter(({ executable }) => executable);
+  const bytes = code.reduce((sum, { virtualSize }) => sum + virtualSize, 0);
+  const where = code.map(({ name }) => name).join(', ');
+  const text = code.length === 0 ? 'no code' : `${Math.ceil(bytes / 1024)} KB of code in ${where}`;
+  return `${path}: x86-64 image, ${text}\n\n`;
 }
 
-const COLUMNS = ['load', 'section', 'form', 'table', 'entries', 'handler', 'end'] as const;
-
+/** The loads whose table lies in code, a line each: the others are only counted. */
 function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
-  if (sites.length === 0) return '';
-  const rows = sites.map((site) => [
+  const listed = sites.filter((site) => isInCode(image, site));
+  if (listed.length === 0) return '';
+  const rows = listed.map((site) => [
     hex(site.rva),
     image.sectionAt(site.rva)?.name ?? '',
     site.form ?? '',
     site.table === undefined ? '' : hex(site.table),
-    site.proven ? String(site.entries) : '',
-    site.proven ? `${handlerBytes(site.entries)} B` : '',
-    site.proven ? 'proven' : `refused: ${site.reason}`,
+    site.proven ? String(site.entries) : '-',
+    site.proven ? `${seedHandlerSize(site.entries)} B` : '-',
+    site.proven ? 'proven' : `refused: ${REASONS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
-    Math.max(column.length, ...rows.map((row) => row[index]!.length)),
+    rows.reduce((width, row) => Math.max(width, row[index]!.length), column.length),
   );
   const line = (cells: readonly string[]) =>
+    INDENT +
     cells
-      .map((cell, index) => cell.padEnd(widths[index]!))
+      .map((cell, index) =>
+        RIGHT_ALIGNED.has(index) ? cell.padStart(widths[index]!) : cell.padEnd(widths[index]!),
+      )
       .join('  ')
       .trimEnd();
-  return `${[COLUMNS, ...rows].map(line).join('\n')}\n\n`;
+  const rule = widths.map((width) => '-'.repeat(width));
+  return `${[COLUMNS, rule, ...rows].map(line).join('\n')}\n\n`;
 }
 
-function summaryText({
-  file,
-  loads,
-  proven,
-  refused,
-  notInCode,
-  entries,
-  handlerBytes: bytes,
-}: Summary): string {
-  const total = loads['one-level'] + loads['two-level'];
-  const provenTotal = proven['one-level'] + proven['two-level'];
-  const lines = [
-    `${file}: ${total} table loads (${loads['one-level']} one-level, ${loads['two-level']} two-level)`,
-    `  end proven    ${provenTotal} (${proven['one-level']} one-level, ${proven['two-level']} two-level)`,
-  ];
-  for (const [reason, count] of Object.entries(refused)) lines.push(`  refused       ${count} ${reason}`);
-  if (notInCode > 0) lines.push(`  not in code   ${notInCode} (nothing to relocate)`);
+function summaryText({ loads, proven, refused, notInCode, entries, handlerBytes }: Summary): string {
+  const count = (forms: Summary['loads']) => {
+    const total = forms['one-level'] + forms['two-level'];
+    return `${total} (${forms['one-level']} one-level, ${forms['two-level']} two-level)`;
+  };
+  const lines = [['switch tables in code', count(loads)]];
+  lines.push(['  end proven', `${count(proven)}: could be relocated`]);
+  for (const [reason, number] of Object.entries(refused)) {
+    lines.push(['  refused', `${number}: ${REASONS[reason as RefusalReason]}`]);
+  }
+  if (notInCode > 0)
+    lines.push(['switch tables elsewhere', `${notInCode}: reads of them never trap, nothing to do`]);
   if (entries !== undefined) {
     const { median, p90, p99, max } = entries;
-    lines.push(`  entries       median ${median}, p90 ${p90}, p99 ${p99}, max ${max}`);
-    lines.push(`  handlers      ${bytes} bytes in all`);
+    lines.push(['entries of a table', `median ${median}, p90 ${p90}, p99 ${p99}, largest ${max}`]);
+    lines.push(['handlers of all', `${handlerBytes} bytes`]);
   }
-  return `${lines.join('\n')}\n`;
+  return `${lines.map(([name, value]) => `${name!.padEnd(25)}${value}`).join('\n')}\n`;
 }

@@ -1,0 +1,123 @@
+// Code that is made to take long. Nothing here asserts on time: a scan that does not end fails by its test's limit.
+import { describe, expect, it } from 'vitest';
+import { FunctionTable } from '../../src/nt/pdata.js';
+import { PeImage } from '../../src/nt/pe.js';
+import { scanImage } from '../../src/switches/scan.js';
+import { SwitchRecogniser } from '../../src/switches/table.js';
+import { buildPe, buildUnwindData, FLAGS, type FunctionEntry } from '../nt/pe-builder.js';
+
+const CODE = 0x1000;
+const KB = 1024;
+
+/** An image with `code`, and `.pdata` for the given functions (default: one of all the code). */
+function imageOf(
+  code: Buffer,
+  functions: readonly FunctionEntry[] | 'all' = 'all',
+  virtualSize = code.length,
+): PeImage {
+  const rva = CODE + Math.ceil(virtualSize / 0x1000) * 0x1000;
+  const all = [{ begin: CODE, end: CODE + code.length }];
+  const unwind = buildUnwindData(functions === 'all' ? all : functions, rva);
+  return PeImage.fromFile(
+    buildPe({
+      sections: [
+        { name: '.text', rva: CODE, bytes: code, flags: FLAGS.code, virtualSize },
+        { name: '.pdata', rva, bytes: unwind.bytes, flags: FLAGS.data },
+      ].filter(({ bytes }) => bytes.length > 0),
+      directories: unwind.directory.size === 0 ? {} : { 3: unwind.directory },
+    }),
+  );
+}
+
+function repeated(length: number, piece: (at: number) => number[]): Buffer {
+  const bytes = Buffer.alloc(length, 0xcc);
+  for (let at = 0; ; ) {
+    const next = piece(at);
+    if (at + next.length > length) return bytes;
+    bytes.set(next, at);
+    at += next.length;
+  }
+}
+
+const dword = (value: number) => [...Buffer.from(Int32Array.of(value).buffer)];
+/** lea rdx, [rip+image] at offset `at` of the code */
+const lea = (at: number) => [0x48, 0x8d, 0x15, ...dword(-(CODE + at + 7))];
+const load = (table: number) => [0x8b, 0x8c, 0x82, ...dword(table)];
+const ADD_JMP = [0x48, 0x01, 0xd1, 0xff, 0xe1];
+
+describe('a scan ends', () => {
+  it.each([
+    ['nothing but table loads', () => repeated(500 * KB, (at) => load(CODE + ((at * 7) % (400 * KB))))],
+    [
+      'nothing but whole switches without guards, each with a table of its own',
+      () => repeated(200 * KB, (at) => [...lea(at), ...load(CODE + ((at * 13) % (150 * KB))), ...ADD_JMP]),
+    ],
+    [
+      'nothing but guarded switches',
+      () =>
+        repeated(200 * KB, (at) => [
+          ...[0x3c, 0x40, 0x77, 0x02], // cmp al, 64; ja
+          ...[0x0f, 0xb6, 0xc0], // movzx eax, al
+          ...lea(at + 7),
+          ...load(CODE + ((at * 13) % (150 * KB))),
+          ...ADD_JMP,
+        ]),
+    ],
+    [
+      'a branch at every instruction',
+      () => repeated(400 * KB, (at) => [0x0f, 0x84, ...dword(((at * 31) % 4096) - 2048)]),
+    ],
+    [
+      'a store to another slot at every instruction',
+      () => repeated(400 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4)]),
+    ],
+    [
+      'slots and branches in turn',
+      () => repeated(300 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4), 0x74, 0xf0]),
+    ],
+    ['zeros, which are instructions and entries', () => Buffer.alloc(500 * KB)],
+    ['pads', () => Buffer.alloc(500 * KB, 0xcc)],
+    ['returns: each the end of code that nothing leads to', () => Buffer.alloc(500 * KB, 0xc3)],
+  ])('of a function of %s', (_, make) => {
+    // A load in front makes the scan look at the function.
+    const bytes = Buffer.concat([Buffer.from([...lea(0), ...load(CODE + 64), ...ADD_JMP]), make()]);
+    for (const site of scanImage(imageOf(bytes))) expect(site.rva).toBeLessThan(CODE + bytes.length);
+    scanImage(imageOf(bytes, []));
+  });
+
+  it('of a function that is too large, and says so', () => {
+    const bytes = Buffer.concat([Buffer.from(load(CODE + 64)), Buffer.alloc(600 * KB, 0x90)]);
+    for (const functions of ['all', []] as const) {
+      const image = imageOf(bytes, functions);
+      const recogniser = new SwitchRecogniser(image, FunctionTable.read(image));
+      expect(recogniser.prove(CODE)).toMatchObject({ proven: false, reason: 'function-too-complex' });
+    }
+  });
+
+  it('of a large image without .pdata, in which every byte may begin a load', () => {
+    const code = repeated(2048 * KB, () => load(CODE));
+    expect(scanImage(imageOf(code, [], 100 << 20))).toEqual([]);
+  });
+
+  it('of a function in thousands of fragments', () => {
+    const first = { begin: CODE, end: CODE + 16 };
+    const fragments = Array.from({ length: 20_000 }, (_, n) => ({
+      begin: CODE + 16 * (n + 1),
+      end: CODE + 16 * (n + 2),
+      chainedTo: first,
+    }));
+    const code = repeated(16 * 20_001, () => [...load(CODE), ...Array(9).fill(0x90)]);
+    expect(scanImage(imageOf(code, [first, ...fragments]))).toEqual([]);
+  });
+
+  it('of as many functions as there are loads', () => {
+    const functions = Array.from({ length: 20_000 }, (_, n) => ({
+      begin: CODE + 16 * n,
+      end: CODE + 16 * (n + 1),
+    }));
+    const code = repeated(16 * 20_000, () => [...load(CODE), ...ADD_JMP, 0xcc, 0xcc, 0xcc, 0xcc]);
+    const sites = scanImage(imageOf(code, functions));
+    expect(sites).toHaveLength(20_000);
+    for (const site of sites) expect(site).toMatchObject({ proven: false, reason: 'base-not-proven' });
+  });
+});
