@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { scanFile } from '../../src/cli/scan.js';
+import { PeImage } from '../../src/nt/pe.js';
 import { buildPe, FLAGS, OFFSETS } from '../nt/pe-builder.js';
 import { DISPATCH, GUARDED, withTable } from '../switches/cases.js';
 import { assemble } from '../switches/listing.js';
@@ -55,7 +56,7 @@ describe('scan', () => {
     expect(scan(path)).toBe(`${path}: x86-64 image, 1 KB of code in .text
 
     load  section  form        table  entries  handler  end of the table
-  ------  -------  ---------  ------  -------  -------  ---------------------------------
+  ------  -------  ---------  ------  -------  -------  ----------------------------------
   ${rva('load')}  .text    one-level  ${rva('table')}        5    102 B  proven
   ${rva('unguarded')}  .text    one-level  ${rva('table2')}        -        -  refused: no guard bounds the index
 
@@ -149,7 +150,7 @@ table: .rept 5
   });
 
   it('thousands of tables: one line each, and columns that stay aligned', () => {
-    const count = 3000;
+    const count = 1500;
     const functions = Array.from({ length: count }, (_, n) => ({ from: `f${n}`, to: `end${n}` }));
     const source = functions
       .map(
@@ -204,7 +205,7 @@ describe('memtables scan, as a process', () => {
     ['a device', () => '/dev/null', 2, 'FILE_UNREADABLE'],
     ['an empty file', wrong('empty.dll', Buffer.alloc(0)), 5, 'IMAGE_INVALID'],
     ['a text', wrong('text.dll', Buffer.from('hello '.repeat(100))), 5, 'IMAGE_INVALID'],
-    ['a truncated image', wrong('cut.dll', listing.file.subarray(0, 0x500)), 5, 'IMAGE_INVALID'],
+    ['a truncated image', wrong('cut.dll', listing.file.subarray(0, 0x310)), 5, 'IMAGE_INVALID'],
     [
       'a 32-bit image',
       wrong(
@@ -271,20 +272,16 @@ describe.each(BINARIES)('real binary %s', (name, oneLevel, twoLevel, elsewhere) 
     });
   });
 
-  it('one bit in a thousand bytes changed: it still ends', () => {
+  it('one bit in a thousand bytes of its code changed: it still ends', () => {
     const bytes = Buffer.from(readFileSync(binary(name)));
+    const [text] = PeImage.fromFile(bytes).sections;
+    const start = 0x400; // where the code begins in a file of this kind
     let state = 1;
-    for (let at = 0x400; at < bytes.length; at += 1 + (state % 2000)) {
+    for (let at = start; at < start + text!.virtualSize; at += 1 + (state % 2000)) {
       state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
       bytes[at] = bytes[at]! ^ (1 << (state >>> 29));
     }
-    expect(() => scan(fileWith(name, bytes))).toSatisfy((use: () => void) => {
-      try {
-        use();
-        return true;
-      } catch (error) {
-        return (error as { code?: string }).code === 'IMAGE_INVALID';
-      }
-    });
+    const records = scan(fileWith(name, bytes), { json: true }).trimEnd().split('\n');
+    expect(JSON.parse(records.at(-1)!)).toMatchObject({ type: 'summary' });
   });
 });
