@@ -114,11 +114,7 @@ export class Disassembler {
     if (this.instruction.isInvalid) return undefined;
     const { length } = this.instruction;
     // A copy: `slice` of a Buffer would be none.
-    return detach(
-      this.instruction,
-      this.infos,
-      Uint8Array.from(this.bytes.subarray(offset, offset + length)),
-    );
+    return detach(this.instruction, this.infos, new Uint8Array(this.bytes.subarray(offset, offset + length)));
   }
 
   free(): void {

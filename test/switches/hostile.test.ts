@@ -47,37 +47,37 @@ const ADD_JMP = [0x48, 0x01, 0xd1, 0xff, 0xe1];
 
 describe('a scan ends', () => {
   it.each([
-    ['nothing but table loads', () => repeated(500 * KB, (at) => load(CODE + ((at * 7) % (400 * KB))))],
+    ['nothing but table loads', () => repeated(100 * KB, (at) => load(CODE + ((at * 7) % (100 * KB))))],
     [
       'nothing but whole switches without guards, each with a table of its own',
-      () => repeated(200 * KB, (at) => [...lea(at), ...load(CODE + ((at * 13) % (150 * KB))), ...ADD_JMP]),
+      () => repeated(60 * KB, (at) => [...lea(at), ...load(CODE + ((at * 13) % (50 * KB))), ...ADD_JMP]),
     ],
     [
       'nothing but guarded switches',
       () =>
-        repeated(200 * KB, (at) => [
+        repeated(60 * KB, (at) => [
           ...[0x3c, 0x40, 0x77, 0x02], // cmp al, 64; ja
           ...[0x0f, 0xb6, 0xc0], // movzx eax, al
           ...lea(at + 7),
-          ...load(CODE + ((at * 13) % (150 * KB))),
+          ...load(CODE + ((at * 13) % (50 * KB))),
           ...ADD_JMP,
         ]),
     ],
     [
       'a branch at every instruction',
-      () => repeated(400 * KB, (at) => [0x0f, 0x84, ...dword(((at * 31) % 4096) - 2048)]),
+      () => repeated(100 * KB, (at) => [0x0f, 0x84, ...dword(((at * 31) % 4096) - 2048)]),
     ],
     [
       'a store to another slot at every instruction',
-      () => repeated(400 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4)]),
+      () => repeated(100 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4)]),
     ],
     [
       'slots and branches in turn',
-      () => repeated(300 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4), 0x74, 0xf0]),
+      () => repeated(100 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4), 0x74, 0xf0]),
     ],
-    ['zeros, which are instructions and entries', () => Buffer.alloc(500 * KB)],
-    ['pads', () => Buffer.alloc(500 * KB, 0xcc)],
-    ['returns: each the end of code that nothing leads to', () => Buffer.alloc(500 * KB, 0xc3)],
+    ['zeros, which are instructions and entries', () => Buffer.alloc(100 * KB)],
+    ['pads', () => Buffer.alloc(100 * KB, 0xcc)],
+    ['returns: each the end of code that nothing leads to', () => Buffer.alloc(100 * KB, 0xc3)],
   ])('of a function of %s', (_, make) => {
     // A load in front makes the scan look at the function.
     const bytes = Buffer.concat([Buffer.from([...lea(0), ...load(CODE + 64), ...ADD_JMP]), make()]);
@@ -95,29 +95,29 @@ describe('a scan ends', () => {
   });
 
   it('of a large image without .pdata, in which every byte may begin a load', () => {
-    const code = repeated(2048 * KB, () => load(CODE));
+    const code = repeated(256 * KB, () => load(CODE));
     expect(scanImage(imageOf(code, [], 100 << 20))).toEqual([]);
   });
 
   it('of a function in thousands of fragments', () => {
     const first = { begin: CODE, end: CODE + 16 };
-    const fragments = Array.from({ length: 20_000 }, (_, n) => ({
+    const fragments = Array.from({ length: 4_000 }, (_, n) => ({
       begin: CODE + 16 * (n + 1),
       end: CODE + 16 * (n + 2),
       chainedTo: first,
     }));
-    const code = repeated(16 * 20_001, () => [...load(CODE), ...Array(9).fill(0x90)]);
+    const code = repeated(16 * 4_001, () => [...load(CODE), ...Array(9).fill(0x90)]);
     expect(scanImage(imageOf(code, [first, ...fragments]))).toEqual([]);
   });
 
   it('of as many functions as there are loads', () => {
-    const functions = Array.from({ length: 20_000 }, (_, n) => ({
+    const functions = Array.from({ length: 4_000 }, (_, n) => ({
       begin: CODE + 16 * n,
       end: CODE + 16 * (n + 1),
     }));
-    const code = repeated(16 * 20_000, () => [...load(CODE), ...ADD_JMP, 0xcc, 0xcc, 0xcc, 0xcc]);
+    const code = repeated(16 * 4_000, () => [...load(CODE), ...ADD_JMP, 0xcc, 0xcc, 0xcc, 0xcc]);
     const sites = scanImage(imageOf(code, functions));
-    expect(sites).toHaveLength(20_000);
+    expect(sites).toHaveLength(4_000);
     for (const site of sites) expect(site).toMatchObject({ proven: false, reason: 'base-not-proven' });
   });
 });
