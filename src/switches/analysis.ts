@@ -32,6 +32,8 @@ const BASE_STEPS = 10_000;
 const MAX_VISITS = 64;
 /** Entries of a table that cost as much to read as a step. */
 const ENTRIES_PER_STEP = 16;
+/** Slots of a frame that cost as much to merge as a step. */
+const SLOTS_PER_STEP = 2;
 /** A state with more quantities than this is renumbered, so that copies of it stay cheap. */
 const MAX_QUANTITIES = 1024;
 const FAST_FAIL = 0x29n;
@@ -300,6 +302,7 @@ class Interpreter implements TableReader {
   /** Control may come to `rva` with `state`. */
   private enter(rva: number, state: State): void {
     if (!this.contains(rva)) return;
+    this.spend(Math.ceil(state.slotCount / SLOTS_PER_STEP));
     const block = this.blocks.get(rva);
     const merged = block === undefined ? state.canonical() : block.state.merge(state);
     if (block === undefined) {

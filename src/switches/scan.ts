@@ -1,6 +1,5 @@
 import { FunctionTable } from '../nt/pdata.js';
 import type { PeImage, Section } from '../nt/pe.js';
-import { functionAt, rangeAt } from './functions.js';
 import { SwitchRecogniser, type SwitchSite } from './table.js';
 
 /** `8B /r` with a SIB byte and a 32-bit displacement: every dword load of a table looks like this. */
@@ -17,20 +16,19 @@ export function scanImage(image: PeImage): SwitchSite[] {
   const functions = FunctionTable.read(image);
   const recogniser = new SwitchRecogniser(image, functions);
   const sites = new Map<number, SwitchSite>();
-  /** By the lowest fragment of the function. */
+  /** Where the functions and gaps begin that were looked at. */
   const analysed = new Set<number>();
   for (const section of image.sections) {
     if (!section.executable) continue;
     let looked = section.rva;
     for (const rva of likelyLoads(image, section)) {
       if (rva < looked) continue;
-      const code = functionAt(image, functions, rva);
-      const range = code && rangeAt(code.ranges, rva);
-      if (range === undefined) continue;
-      looked = range.end;
-      const first = code!.ranges[0]!.begin;
-      if (analysed.has(first)) continue;
-      analysed.add(first);
+      const entry = functions.entryAt(rva);
+      const around = entry ?? functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
+      looked = around.end;
+      const start = entry === undefined ? around.begin : functions.startOf(entry);
+      if (analysed.has(start)) continue;
+      analysed.add(start);
       for (const site of recogniser.switchesAround(rva)) sites.set(site.rva, site);
     }
   }

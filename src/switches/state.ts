@@ -60,7 +60,7 @@ const UNKNOWN: readonly number[] = WIDTHS.map(widthMax);
 const RSP = 4;
 
 /** Compiled functions have fewer that matter. */
-const MAX_SLOTS = 256;
+const MAX_SLOTS = 128;
 
 /** A slot of the stack frame, keyed by its offset from RSP. */
 interface Slot {
@@ -109,6 +109,10 @@ export class State {
 
   get quantityCount(): number {
     return this.quantities.length;
+  }
+
+  get slotCount(): number {
+    return this.slots.size;
   }
 
   // Quantities and views

@@ -73,7 +73,7 @@ describe('a scan ends', () => {
     ],
     [
       'slots and branches in turn',
-      () => repeated(100 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4), 0x74, 0xf0]),
+      () => repeated(30 * KB, (at) => [0x89, 0x84, 0x24, ...dword(at * 4), 0x74, 0xf0]),
     ],
     ['zeros, which are instructions and entries', () => Buffer.alloc(100 * KB)],
     ['pads', () => Buffer.alloc(100 * KB, 0xcc)],
