@@ -39,7 +39,7 @@ export KeGetRecommendedSharedDataAlignment
 function KeGetRecommendedSharedDataAlignment
     mov     al, 64
     ret
-unhookable KeGetRecommendedSharedDataAlignment, branch
+unhookable KeGetRecommendedSharedDataAlignment, too-short
 
 # A RIP-relative operand in the first bytes: a hook has to relocate it.
 export MmIsVerifierEnabled

@@ -78,7 +78,7 @@ export interface WorkloadCall {
 /** An export on which a hook must be refused. */
 export interface UnhookableExport {
   readonly function: string;
-  readonly reason: 'call' | 'branch' | 'branch-target' | 'too-short';
+  readonly reason: 'call' | 'branch-target' | 'too-short';
 }
 
 /** `sites.json`. */

@@ -33,6 +33,7 @@ describe('a hook that cannot be placed is refused with the reason, and the guest
     ['nt!KeQueryTickCount', refusal('call')],
     ['nt!RtlFillMemoryUlong', refusal('branch-target')],
     ['nt!KeGetCurrentIrqlTest', refusal('too-short')],
+    ['nt!KeGetRecommendedSharedDataAlignment', refusal('too-short')],
   ];
 
   test.each(cases)('%s', (name, expected) => {
