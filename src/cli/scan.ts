@@ -1,6 +1,6 @@
 import { readFileSync, statSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
-import { seedHandlerSize } from '../handlers/seed.js';
+import { SEED_MAX_ENTRIES, seedHandlerSize } from '../handlers/seed.js';
 import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
 import type { RefusalReason, SwitchSite } from '../switches/table.js';
@@ -8,6 +8,7 @@ import { hex } from '../vmi/address.js';
 import { toJson } from './output.js';
 
 const MAX_FILE_SIZE = 2 ** 30;
+
 interface Lines {
   write(text: string): unknown;
 }
@@ -68,8 +69,12 @@ function siteRecord(image: PeImage, site: SwitchSite): Record<string, unknown> {
     back: hex(site.back),
     adjacent: site.adjacent,
     isBranchTarget: site.isBranchTarget,
-    handlerBytes: seedHandlerSize(site.entries),
+    ...(fitsHandler(site) && { handlerBytes: seedHandlerSize(site.entries) }),
   };
+}
+
+function fitsHandler({ entries }: { readonly entries: number }): boolean {
+  return entries <= SEED_MAX_ENTRIES;
 }
 
 /** Reads of a table that lies elsewhere never trap: there is nothing to relocate. */
@@ -83,12 +88,15 @@ interface Summary extends Record<string, unknown> {
   /** Loads whose table lies in code, by form. */
   readonly loads: Record<'one-level' | 'two-level', number>;
   readonly proven: Record<'one-level' | 'two-level', number>;
+  /** Of the proven: tables with more entries than a handler has blocks. */
+  readonly tooManyEntries: number;
   /** Of the loads whose table lies in code. */
   readonly refused: Partial<Record<RefusalReason, number>>;
   /** Loads whose table lies elsewhere. */
   readonly notInCode: number;
   /** Of proven tables. */
   readonly entries: { median: number; p90: number; p99: number; max: number } | undefined;
+  /** Of all tables that could be relocated. */
   readonly handlerBytes: number;
 }
 
@@ -110,16 +118,18 @@ function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): 
     } else refused[site.reason] = (refused[site.reason] ?? 0) + 1;
   }
   lengths.sort((a, b) => a - b);
+  const fitting = lengths.filter((entries) => fitsHandler({ entries }));
   const at = (share: number) => lengths[Math.ceil(lengths.length * share) - 1]!;
   return {
     type: 'summary',
     file,
     loads,
     proven,
+    tooManyEntries: lengths.length - fitting.length,
     refused,
     notInCode,
     entries: lengths.length === 0 ? undefined : { median: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) },
-    handlerBytes: lengths.reduce((sum, entries) => sum + seedHandlerSize(entries), 0),
+    handlerBytes: fitting.reduce((sum, entries) => sum + seedHandlerSize(entries), 0),
   };
 }
 
@@ -169,7 +179,7 @@ function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
     site.form ?? '',
     site.table === undefined ? '' : hex(site.table),
     site.proven ? String(site.entries) : '-',
-    site.proven ? `${seedHandlerSize(site.entries)} B` : '-',
+    site.proven && fitsHandler(site) ? `${seedHandlerSize(site.entries)} B` : '-',
     site.proven ? 'proven' : `refused: ${REASONS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
@@ -187,13 +197,20 @@ function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
   return `${[COLUMNS, rule, ...rows].map(line).join('\n')}\n\n`;
 }
 
-function summaryText({ loads, proven, refused, notInCode, entries, handlerBytes }: Summary): string {
+function summaryText(summary: Summary): string {
+  const { loads, proven, tooManyEntries, refused, notInCode, entries, handlerBytes } = summary;
   const count = (forms: Summary['loads']) => {
     const total = forms['one-level'] + forms['two-level'];
     return `${total} (${forms['one-level']} one-level, ${forms['two-level']} two-level)`;
   };
   const lines = [['switch tables in code', count(loads)]];
-  lines.push(['  end proven', `${count(proven)}: could be relocated`]);
+  lines.push(['  end proven', `${count(proven)}${tooManyEntries === 0 ? ': could be relocated' : ''}`]);
+  if (tooManyEntries > 0) {
+    lines.push([
+      '  too large',
+      `${tooManyEntries} of these: a handler has at most ${SEED_MAX_ENTRIES} entries`,
+    ]);
+  }
   for (const [reason, number] of Object.entries(refused)) {
     lines.push(['  refused', `${number}: ${REASONS[reason as RefusalReason]}`]);
   }

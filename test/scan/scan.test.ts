@@ -108,6 +108,7 @@ handlers of all          102 bytes
         loads: { 'one-level': 2, 'two-level': 0 },
         proven: { 'one-level': 1, 'two-level': 0 },
         refused: { 'bound-not-proven': 1 },
+        tooManyEntries: 0,
         notInCode: 0,
         entries: { median: 5, p90: 5, p99: 5, max: 5 },
         handlerBytes: 102,
@@ -270,6 +271,9 @@ describe.each(BINARIES)('real binary %s', (name, oneLevel, twoLevel, elsewhere) 
       refused: {},
       notInCode: elsewhere,
     });
+    const tooLarge = records.filter(({ entries }) => Number.isInteger(entries) && entries > 256);
+    expect(records.at(-1).tooManyEntries).toBe(tooLarge.length);
+    for (const record of tooLarge) expect(record).not.toHaveProperty('handlerBytes');
   });
 
   it('one bit in a thousand bytes of its code changed: it still ends', () => {
