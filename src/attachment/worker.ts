@@ -30,6 +30,7 @@ const DISCOVERY_PAUSE_MS = 20;
 async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
   const profile = loadProfile(options.profile);
+  Journal.check(options.journal, options.name);
   prepareSocketPath(options.socket);
   post({ type: 'connecting' });
   const session = openSession({

@@ -1,4 +1,15 @@
-import { closeSync, existsSync, openSync, readFileSync, rmSync, statSync, writeSync } from 'node:fs';
+import {
+  accessSync,
+  closeSync,
+  constants,
+  existsSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  writeSync,
+} from 'node:fs';
+import { dirname } from 'node:path';
 import { MemtablesError } from '../errors.js';
 import { type Gpa, hex } from '../vmi/address.js';
 
@@ -40,6 +51,17 @@ export class Journal {
   }
 
   /**
+   * Checks, before anything is attached, that a journal of `guest` can be created at `path` as far as the file and
+   * its directory tell.
+   *
+   * @throws MemtablesError `JOURNAL_FAILED`
+   */
+  static check(path: string, guest: string): void {
+    if (existsSync(path)) readJournalOf(guest, path);
+    else guarded(path, () => accessSync(dirname(path), constants.W_OK));
+  }
+
+  /**
    * Creates the file at `path`.
    *
    * A journal that is there already was left by a run that did not undo its changes. It is replaced when none of
@@ -55,21 +77,14 @@ export class Journal {
     isInGuest: (change: LeftChange) => boolean,
   ): Journal {
     if (existsSync(path)) {
-      const earlier = readJournal(path);
-      if (earlier.guest !== undefined && earlier.guest !== identity.guest) {
-        throw new MemtablesError('JOURNAL_FAILED', `${path} is the journal of the guest ${earlier.guest}`, {
-          remedy: 'Choose another place for the journal (--journal PATH); that guest may be in use.',
-          context: { path, guest: identity.guest },
-        });
-      }
-      const left = earlier.left.filter(isInGuest);
+      const left = readJournalOf(identity.guest, path).filter(isInGuest);
       if (left.length > 0) {
         throw new MemtablesError(
           'JOURNAL_FAILED',
           `an earlier run's changes are still in the guest: ${path}`,
           {
-            remedy: 'Restart the guest, or put the bytes back that the journal names; then attach again.',
-            context: { path, changes: left.length, first: left[0]!.gpa },
+            remedy: 'Restart the guest, or put the bytes back that the journal lists; then attach again.',
+            context: { path, changes: left.length, firstGpa: left[0]!.gpa },
           },
         );
       }
@@ -158,6 +173,20 @@ function readJournal(path: string): { readonly guest?: string; readonly left: re
     else guest = entry.guest;
   });
   return { ...(guest === undefined ? {} : { guest }), left: [...left.values()] };
+}
+
+/**
+ * The changes that were not undone.
+ *
+ * @throws MemtablesError `JOURNAL_FAILED` when the file is no journal, or that of another guest
+ */
+function readJournalOf(guest: string, path: string): readonly LeftChange[] {
+  const earlier = readJournal(path);
+  if (earlier.guest === undefined || earlier.guest === guest) return earlier.left;
+  throw new MemtablesError('JOURNAL_FAILED', `${path} is the journal of the guest ${earlier.guest}`, {
+    remedy: 'Choose another place for the journal (--journal PATH); that guest may be in use.',
+    context: { path, guest },
+  });
 }
 
 type Entry =

@@ -339,7 +339,7 @@ export class LibvmiSession implements Hypervisor {
     this.#assertStillThere();
     this.#leave();
     throw new MemtablesError('HYPERVISOR_STUCK', 'a vCPU did not stop, so the guest could not be resumed', {
-      remedy: 'The guest was let go; if a journal was left behind, recover from it, then attach again.',
+      remedy: 'The guest was let go; if a journal was left behind, it lists what is still in the guest.',
       context: { call: 'vmi_resume_vm' },
     });
   }
@@ -362,7 +362,7 @@ export class LibvmiSession implements Hypervisor {
     return new MemtablesError(
       'HYPERVISOR_GONE',
       this.#closed ? 'the session is closed' : 'the hypervisor has gone away or answers no more',
-      { remedy: 'Attach again; if a journal was left behind, recover from it first.' },
+      { remedy: 'Attach again; a journal that was left behind lists what is still in the guest.' },
     );
   }
 

@@ -30,6 +30,12 @@ export function prepareSocketPath(path: string): void {
   if (!stat(directory)?.isDirectory()) {
     throw invalid(path, `lies in ${directory}, which is not a directory`, 'Create the directory.');
   }
+  if (unixSocketsAt([resolve(path)]).some(({ listening }) => !listening)) {
+    throw new MemtablesError('ATTACH_FAILED', `a tool is attached to the hypervisor on ${path}`, {
+      remedy: 'End that tool first: a hypervisor takes one at a time.',
+      context: { socket: path },
+    });
+  }
   const existing = stat(path);
   if (existing === undefined) return;
   // libkvmi would delete whatever it finds here.

@@ -98,7 +98,8 @@ export class Watchdog {
     const name = FUNCTION_NAMES[call - 1];
     this.#onStuck(
       new MemtablesError('HYPERVISOR_STUCK', `${name} has not returned for ${Math.round(elapsedMs)} ms`, {
-        remedy: 'If a journal was left behind, recover from it; then attach again.',
+        remedy:
+          'A journal that was left behind lists what is still in the guest; restart the guest, or attach again.',
         context: { call: name, elapsedMs, limitMs: this.#limitMs, allowanceMs },
       }),
     );

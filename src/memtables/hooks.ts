@@ -9,10 +9,10 @@ import { instabilityOf } from '../slack/regions.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
+import { symbolOfHook } from './hook-name.js';
 import { letGuestRun } from './patience.js';
 import { interiorOf, type Redirection, type Redirections } from './redirections.js';
 
-const MODULE_PREFIX = 'nt!';
 /** A function's first bytes are left within microseconds, or within a time slice if it was preempted there. */
 const ATTEMPTS = 200;
 const PAUSE_MS = 10;
@@ -76,16 +76,11 @@ export class Hooks {
   }
 
   #locate(name: string): { gva: Gva; length: number } {
-    if (!name.startsWith(MODULE_PREFIX) || name.length === MODULE_PREFIX.length) {
-      throw new MemtablesError('INVALID_ARGUMENT', `'${name}' does not name a function of the kernel`, {
-        remedy: 'Write nt!Name, with the name as the profile has it.',
-        context: { name },
-      });
-    }
+    const symbol = symbolOfHook(name);
     if (this.redirections.ofKind('hook').some((hook) => hook.label === name)) {
       throw refused(name, 'hooked-already', 'Hook each function once.');
     }
-    const rva = this.kernel.symbolRva(name.slice(MODULE_PREFIX.length));
+    const rva = this.kernel.symbolRva(symbol);
     const { image } = this.kernel;
     const section = image.sectionAt(rva);
     if (section === undefined || !section.executable) throw refused(name, 'not-code', 'Name a function.');

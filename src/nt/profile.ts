@@ -8,6 +8,9 @@ const MAX_PROFILE_BYTES = 128 * 1024 * 1024;
 /** No structure of the kernel is larger; KPRCB, the largest, has about 48 KB. */
 const MAX_FIELD_OFFSET = 0x10_0000;
 const MAX_U32 = 0xffff_ffff;
+/** What a name has to share with a misspelt one to be suggested for it. */
+const MIN_COMMON_START = 4;
+const MAX_SUGGESTIONS = 3;
 
 const GZIP_MAGIC = Buffer.from([0x1f, 0x8b]);
 const XZ_MAGIC = Buffer.from([0xfd, 0x37, 0x7a, 0x58, 0x5a, 0x00]);
@@ -38,14 +41,30 @@ export class Profile {
    */
   symbol(name: string): number {
     if (!this.hasSymbol(name)) {
+      const similar = this.similarTo(name);
       throw new MemtablesError('SYMBOL_NOT_FOUND', `the profile has no symbol ${name}`, {
-        remedy: 'Check the spelling, or make the profile from the full PDB of this kernel.',
+        remedy:
+          similar.length > 0
+            ? `Check the spelling; there is ${similar.join(', ')}.`
+            : 'Check the spelling, or make the profile from the full PDB of this kernel.',
         context: { symbol: name, profile: this.source },
       });
     }
     const rva = member(member(this.symbols, name), 'address');
     if (!isUnsigned(rva, MAX_U32)) throw invalid(this.source, `symbol ${name} has no RVA`);
     return rva;
+  }
+
+  /** The symbols that begin most like `name`, letters' case aside. */
+  private similarTo(name: string): string[] {
+    const wanted = name.toLowerCase();
+    const least = Math.min(wanted.length, Math.max(MIN_COMMON_START, wanted.length - 3));
+    return Object.keys(this.symbols)
+      .map((symbol) => ({ symbol, common: commonStart(symbol.toLowerCase(), wanted) }))
+      .filter(({ common }) => common >= least)
+      .sort((a, b) => b.common - a.common || a.symbol.length - b.symbol.length)
+      .slice(0, MAX_SUGGESTIONS)
+      .map(({ symbol }) => symbol);
   }
 
   /** The RVA of the next symbol behind `rva`; `undefined` where there is none. */
@@ -141,6 +160,12 @@ function unpack(bytes: Buffer, path: string): string {
   } catch (cause) {
     throw invalid(path, 'it cannot be decompressed', { cause });
   }
+}
+
+function commonStart(a: string, b: string): number {
+  let length = 0;
+  while (length < a.length && a[length] === b[length]) length++;
+  return length;
 }
 
 function invalid(source: string, reason: string, { cause }: { cause?: unknown } = {}): MemtablesError {
