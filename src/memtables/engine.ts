@@ -1,20 +1,20 @@
 import { CloakMap } from '../cloak/cloak-map.js';
 import type { Journal } from '../journal/journal.js';
 import type { Kernel } from '../nt/kernel.js';
+import { FunctionTable } from '../nt/pdata.js';
 import { SlackAllocator } from '../slack/allocator.js';
 import { findSlack } from '../slack/regions.js';
-import type { ProvenSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { InstructionCache } from '../x86/instruction-cache.js';
 import { Hooks } from './hooks.js';
 import { Monitor } from './monitor.js';
-import { type AppliedPatch, Patcher } from './patcher.js';
+import { type CodeChange, Patcher } from './patcher.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
-import { type Site, SiteTable } from './sites.js';
+import { SiteTable } from './sites.js';
 import { Unloader } from './unloader.js';
 
 export interface EngineOptions {
@@ -34,7 +34,7 @@ export interface EngineOptions {
 export class Engine {
   readonly #hypervisor: Hypervisor;
   readonly #options: EngineOptions;
-  readonly #cloaks = new CloakMap<AppliedPatch>();
+  readonly #cloaks = new CloakMap<CodeChange>();
   readonly #sites = new SiteTable();
   readonly #slack: SlackAllocator;
   readonly #patcher: Patcher;
@@ -50,7 +50,10 @@ export class Engine {
     this.#hypervisor = hypervisor;
     this.#options = options;
     const read = (gva: Gva, length: number) => kernel.memory.read(gva, length);
-    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image.sections, read), read);
+    const functions = FunctionTable.read(kernel.image);
+    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image.sections, read), (gva, length) =>
+      kernel.memory.readIfMapped(gva, length),
+    );
     const instructions = new InstructionCache();
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
@@ -63,8 +66,8 @@ export class Engine {
       options.threshold,
     );
     const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
-    this.#hooks = new Hooks(hypervisor, kernel, this.#slack, this.#redirections, readOriginal);
-    this.#relocator = new Relocator(kernel, this.#slack, this.#redirections, readOriginal);
+    this.#hooks = new Hooks(hypervisor, kernel, functions, this.#slack, this.#redirections, readOriginal);
+    this.#relocator = new Relocator(kernel, functions, this.#slack, this.#redirections, readOriginal);
     this.#unloader = new Unloader(hypervisor, kernel, this.#redirections);
     hypervisor.onViolation((violation) => this.#monitor.handle(violation));
   }
@@ -95,23 +98,31 @@ export class Engine {
     });
   }
 
+  /** True when `work` has something to do. */
+  get hasWork(): boolean {
+    return this.#monitor.hasWork;
+  }
+
   /**
-   * The work step: does what violations have queued. To be called between two listens.
+   * The work step: deals with the guest's writes to hidden bytes, and relocates the next hot load. To be called
+   * between two listens, for as long as there is work.
    *
    * @throws MemtablesError of the hypervisor; the change under way has been taken back then
    */
   work(): void {
     if (!this.#monitor.hasWork) return;
-    const proven: { readonly site: Site; readonly proof: ProvenSwitch }[] = [];
-    for (const site of this.#monitor.takeQueue()) {
-      const proof = this.#relocator.prove(site);
-      if ('type' in proof) this.#options.report(proof);
-      else proven.push({ site, proof });
+    const site = this.#monitor.takeSite();
+    const proof = site && this.#relocator.prove(site);
+    if (proof !== undefined && 'type' in proof) {
+      this.#options.report(proof);
+      // The guest need not be paused for it; what else there is to do the next step does.
+      return;
     }
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
       this.#unloader.removeDisabled();
-      for (const { site, proof } of proven) this.#options.report(this.#relocator.relocate(site, proof));
+      if (site !== undefined && proof !== undefined)
+        this.#options.report(this.#relocator.relocate(site, proof));
     });
   }
 
@@ -122,7 +133,7 @@ export class Engine {
    * @throws MemtablesError of the hypervisor or the journal
    */
   disable(): void {
-    this.#stopRelocating();
+    this.#monitor.relocating = false;
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
       this.#unloader.disable();
@@ -135,7 +146,7 @@ export class Engine {
    * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside for longer than the option allows
    */
   unload(): UnloadReport {
-    this.#stopRelocating();
+    this.#monitor.relocating = false;
     const report = this.#unloader.unload(
       this.#options.unloadSeconds,
       () => this.#takeBackOverwritten(),
@@ -169,11 +180,14 @@ export class Engine {
   /** What the guest has written over is the guest's: the redirection it belonged to is taken back. */
   #takeBackOverwritten(): void {
     const retired = new Set<Redirection>();
-    for (const { gpa, length } of this.#monitor.takeWrites()) {
-      for (const patch of this.#patcher.reconcile(gpa, length)) {
-        const redirection = this.#redirections.ownerOf(patch);
-        if (redirection !== undefined) retired.add(redirection);
-      }
+    const writes = this.#monitor.takeWrites();
+    const overwritten =
+      writes === 'unknown'
+        ? this.#patcher.reconcileAll()
+        : writes.flatMap(({ gpa, length }) => this.#patcher.reconcile(gpa, length));
+    for (const change of overwritten) {
+      const redirection = this.#redirections.ownerOf(change);
+      if (redirection !== undefined) retired.add(redirection);
     }
     for (const redirection of retired) {
       this.#redirections.disable(redirection);
@@ -184,10 +198,5 @@ export class Engine {
       }
       this.#options.report({ type: 'taken-back', owner: redirection.label, at: redirection.at });
     }
-  }
-
-  #stopRelocating(): void {
-    this.#monitor.relocating = false;
-    this.#monitor.takeQueue();
   }
 }

@@ -1,11 +1,13 @@
 import { MemtablesError } from '../errors.js';
-import { MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
+import { type DetourPlan, MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
+import { surveyFunction } from '../hooks/survey.js';
 import type { Kernel } from '../nt/kernel.js';
-import { FunctionTable } from '../nt/pdata.js';
+import type { FunctionTable } from '../nt/pdata.js';
 import type { Section } from '../nt/pe.js';
 import { scanGuest } from '../safety/scan.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { instabilityOf } from '../slack/regions.js';
+import type { CodeRange } from '../switches/functions.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
@@ -16,20 +18,29 @@ import { interiorOf, type Redirection, type Redirections } from './redirections.
 /** A function's first bytes are left within microseconds, or within a time slice if it was preempted there. */
 const ATTEMPTS = 200;
 const PAUSE_MS = 10;
+/** The guest is paused while a function is decoded. */
+const MOST_FUNCTION_BYTES = 128 * 1024;
+
+interface CodePart {
+  readonly gva: Gva;
+  readonly length: number;
+}
+
+/** The part of a function that holds its entry, and what the compiler has moved elsewhere. */
+interface HookedFunction extends CodePart {
+  readonly others: readonly CodePart[];
+}
 
 /** Places transparent detours: the function does what it did, by way of a trampoline in slack. */
 export class Hooks {
-  readonly #functions: FunctionTable;
-
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly kernel: Kernel,
+    private readonly functions: FunctionTable,
     private readonly slack: SlackAllocator,
     private readonly redirections: Redirections,
-    private readonly readOriginal: (gva: Gva, length: number) => Uint8Array,
-  ) {
-    this.#functions = FunctionTable.read(kernel.image);
-  }
+    private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
+  ) {}
 
   /**
    * Hooks `nt!Name`.
@@ -47,35 +58,49 @@ export class Hooks {
     throw refused(name, 'in-use', 'Try again: threads kept standing in its first instructions.');
   }
 
-  /** Gives the slack back unless the trampoline is in it. */
-  #attempt(name: string, target: { gva: Gva; length: number }): Redirection | undefined {
-    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
-    let hook: Redirection | undefined;
-    try {
-      hook = this.#tryPlace(name, target, slack);
-    } finally {
-      if (hook === undefined) this.slack.free(slack);
-    }
-    return hook;
-  }
-
   /** `undefined` when a thread stands in the bytes that would be replaced. */
-  #tryPlace(name: string, target: { gva: Gva; length: number }, slack: SlackBlock): Redirection | undefined {
-    const bytes = this.readOriginal(target.gva, target.length);
-    const plan = planDetour({ gva: target.gva, bytes, imageBase: this.kernel.base }, slack.gva);
-    if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
-    const { length } = plan.entry.bytes;
-    if (this.redirections.overlapping(target.gva, length) !== undefined) {
-      throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
+  #attempt(name: string, target: HookedFunction): Redirection | undefined {
+    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
+    let plan: DetourPlan | undefined;
+    try {
+      plan = this.#plan(name, target, slack);
+    } finally {
+      if (plan === undefined) this.slack.free(slack);
     }
-    const interior = interiorOf(target.gva, length, name);
-    const { findings, unsettled } = scanGuest(this.hypervisor, this.kernel, [interior]);
-    // The replaced bytes hold no call, so that nothing but a RIP leads into them.
-    if (unsettled.length > 0 || findings.some(({ isRip }) => isRip)) return undefined;
+    if (plan === undefined) return undefined;
     return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
   }
 
-  #locate(name: string): { gva: Gva; length: number } {
+  #plan(name: string, { gva, length, others }: HookedFunction, slack: SlackBlock): DetourPlan | undefined {
+    const code = { gva, bytes: this.#read(name, gva, length), imageBase: this.kernel.base };
+    const branchTargets = others.flatMap((part) => this.#targetsOf(name, part));
+    const plan = planDetour({ ...code, branchTargets }, slack.gva);
+    if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
+    const replaced = plan.entry.bytes.length;
+    if (this.redirections.overlapping(gva, replaced) !== undefined) {
+      throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
+    }
+    const interior = interiorOf(gva, replaced, name);
+    const { findings, unsettled } = scanGuest(this.hypervisor, this.kernel, [interior]);
+    // The replaced bytes hold no call, so that nothing but a RIP leads into them.
+    return unsettled.length > 0 || findings.some(({ isRip }) => isRip) ? undefined : plan;
+  }
+
+  /** Where a part of the function that was moved away jumps to. */
+  #targetsOf(name: string, { gva, length }: CodePart): readonly Gva[] {
+    const bytes = this.#read(name, gva, length);
+    const survey = surveyFunction({ gva, bytes, imageBase: this.kernel.base }, 0);
+    if (survey === undefined) throw refused(name, 'undecodable', 'Hook another function.');
+    return survey.targets;
+  }
+
+  #read(name: string, gva: Gva, length: number): Uint8Array {
+    const bytes = this.readOriginal(gva, length);
+    if (bytes === undefined) throw refused(name, 'not-in-memory', 'Hook another function.');
+    return bytes;
+  }
+
+  #locate(name: string): HookedFunction {
     const symbol = symbolOfHook(name);
     if (this.redirections.ofKind('hook').some((hook) => hook.label === name)) {
       throw refused(name, 'hooked-already', 'Hook each function once.');
@@ -92,19 +117,26 @@ export class Hooks {
         `Hook a function outside ${section.name}, whose code may not be changed.`,
       );
     }
-    const end = this.#endOf(name, rva, section);
-    return { gva: this.kernel.base + BigInt(rva), length: end - rva };
+    const [own, ...others] = this.#partsOf(name, rva, section).map(({ begin, end }) => ({
+      gva: this.kernel.base + BigInt(begin),
+      length: end - begin,
+    }));
+    if (own!.length > MOST_FUNCTION_BYTES) throw refused(name, 'too-large', 'Hook another function.');
+    return { ...own!, others };
   }
 
-  /** Where the function's code ends; of a leaf function, which has no unwind data, at the next symbol. */
-  #endOf(name: string, rva: number, section: Section): number {
-    const entry = this.#functions.entryAt(rva);
+  /**
+   * Where the function's code is, the part with its entry first. A leaf function, which has no unwind data, ends at the
+   * next symbol.
+   */
+  #partsOf(name: string, rva: number, section: Section): readonly CodeRange[] {
+    const entry = this.functions.entryAt(rva);
     if (entry !== undefined) {
       if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
-      return entry.end;
+      return [entry, ...this.functions.fragmentsOf(entry).filter((fragment) => fragment !== entry)];
     }
-    const gap = this.#functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
-    return Math.min(gap.end, this.kernel.profile.symbolAfter(rva) ?? gap.end);
+    const gap = this.functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
+    return [{ begin: rva, end: Math.min(gap.end, this.kernel.profile.symbolAfter(rva) ?? gap.end) }];
   }
 }
 

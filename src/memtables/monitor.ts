@@ -1,13 +1,13 @@
-import type { CloakMap } from '../cloak/cloak-map.js';
+import { type CloakMap, MAX_ANSWER } from '../cloak/cloak-map.js';
 import { type ErrorCode, MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
-import { checkCandidate, TABLE_ENTRY_SIZE } from '../switches/candidate.js';
+import { checkCandidate } from '../switches/candidate.js';
 import { type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../x86/instruction.js';
 import type { InstructionCache } from '../x86/instruction-cache.js';
 import { memoryAccess } from '../x86/memory-access.js';
-import type { AppliedPatch } from './patcher.js';
+import type { CodeChange } from './patcher.js';
 import type { Site, SiteTable } from './sites.js';
 
 const UNREADABLE_CODE: ReadonlySet<ErrorCode> = new Set(['GUEST_STRUCTURE_INVALID', 'GUEST_MEMORY_UNMAPPED']);
@@ -16,6 +16,8 @@ const UNREADABLE_CODE: ReadonlySet<ErrorCode> = new Set(['GUEST_STRUCTURE_INVALI
 const MAX_READERS = 65_536;
 /** A guest that keeps writing over hidden bytes must not fill our memory between two work steps. */
 const MAX_PENDING_WRITES = 4096;
+/** libvmi keeps a page for two seconds. */
+const LONGEST_CACHED_MS = 2500;
 
 /** A guest write to hidden bytes, to be dealt with in the next work step. */
 export interface GuestWrite {
@@ -38,14 +40,14 @@ export class Monitor {
   readonly readers = new Map<Gva, number>();
   #relocating = false;
   #queue: Site[] = [];
-  #writes: GuestWrite[] = [];
-  /** A page that is cached may be out of date. */
-  #guestWrote = false;
+  #writes = new Map<string, GuestWrite>();
+  /** When the guest last wrote to a trapped frame. */
+  #wroteAt = Number.NEGATIVE_INFINITY;
 
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly kernel: Kernel,
-    private readonly cloaks: CloakMap<AppliedPatch>,
+    private readonly cloaks: CloakMap<CodeChange>,
     private readonly instructions: InstructionCache,
     private readonly sites: SiteTable,
     private readonly threshold: number,
@@ -54,12 +56,15 @@ export class Monitor {
   /** Whether sites that have crossed the threshold are queued; those that did so before are queued now. */
   set relocating(enabled: boolean) {
     this.#relocating = enabled;
+    if (!enabled) {
+      for (const site of this.#queue.splice(0)) site.state = 'counted';
+    }
     for (const site of this.sites.all()) this.#queueIfHot(site);
   }
 
   /** True when the next work step has something to do. */
   get hasWork(): boolean {
-    return this.#queue.length > 0 || this.#writes.length > 0;
+    return this.#queue.length > 0 || this.#writes.size > 0;
   }
 
   handle(violation: Violation): ViolationAnswer {
@@ -67,36 +72,36 @@ export class Monitor {
     const instruction = this.#instructionAt(violation.rip);
     if (violation.write) this.#noteWrite(violation, instruction);
     if (!violation.read) return undefined;
+    this.#count(violation, instruction);
+    // Never only as much as was decoded: the code at RIP may be another by now than the one that is cached.
+    return this.cloaks.answer(violation.gpa, (gpa, length) => this.#readPhysical(gpa, length));
+  }
 
+  #count(violation: Violation, instruction: Instruction | undefined): void {
     if (this.sites.isRelocated(violation.rip)) {
       // Its load was decoded before it was replaced; the hypervisor completes it as it was.
       this.staleEvents++;
-      return this.#answer(violation.gpa, TABLE_ENTRY_SIZE);
+      return;
     }
     const access = instruction && memoryAccess(instruction, 'read');
-    const answer = this.#answer(violation.gpa, access?.bytes);
-    if (answer !== undefined) {
+    const reach = Math.min(access?.bytes ?? MAX_ANSWER, PAGE_SIZE - pageOffset(violation.gpa));
+    if (this.cloaks.touches(violation.gpa, reach)) {
       increment(this.cloakedReads, access?.form ?? 'unknown');
-      return answer;
-    }
-    if (instruction === undefined || !this.#countTableLoad(instruction, violation)) {
+    } else if (instruction === undefined || !this.#countTableLoad(instruction, violation)) {
       this.#countReader(violation.rip);
     }
-    return undefined;
   }
 
-  /** The sites to relocate, each once. */
-  takeQueue(): Site[] {
-    const queue = this.#queue;
-    this.#queue = [];
-    return queue;
+  /** The next site to relocate, each once. */
+  takeSite(): Site | undefined {
+    return this.#queue.shift();
   }
 
-  /** The guest's writes to hidden bytes since the last call. */
-  takeWrites(): GuestWrite[] {
+  /** The guest's writes to hidden bytes since the last call; `unknown` when there were too many to remember. */
+  takeWrites(): readonly GuestWrite[] | 'unknown' {
     const writes = this.#writes;
-    this.#writes = [];
-    return writes;
+    this.#writes = new Map();
+    return writes.size > MAX_PENDING_WRITES ? 'unknown' : [...writes.values()];
   }
 
   /** The decoded instruction, or `undefined` where the guest shows none. */
@@ -120,23 +125,21 @@ export class Monitor {
     return this.kernel.memory.read(rip, length);
   }
 
-  #answer(gpa: Gpa, length: number | undefined): Uint8Array | undefined {
-    const read = (at: Gpa, size: number) => {
-      if (this.#guestWrote) this.hypervisor.flushCaches();
-      this.#guestWrote = false;
-      return this.hypervisor.readPhysical(at, size);
-    };
-    return this.cloaks.answer(gpa, read, length);
+  /** A page that is cached may be older than a write that was an event; the write itself comes after its answer. */
+  #readPhysical(gpa: Gpa, length: number): Uint8Array {
+    if (performance.now() - this.#wroteAt < LONGEST_CACHED_MS) this.hypervisor.flushCaches();
+    return this.hypervisor.readPhysical(gpa, length);
   }
 
   #noteWrite({ gva, gpa }: Violation, instruction: Instruction | undefined): void {
-    this.#guestWrote = true;
+    this.#wroteAt = performance.now();
     const length = instruction && memoryAccess(instruction, 'write').bytes;
     const reach = Math.min(length ?? PAGE_SIZE, PAGE_SIZE - pageOffset(gpa));
     this.instructions.invalidate(gva, reach);
     if (!this.cloaks.touches(gpa, reach)) return;
     this.cloakedWrites++;
-    if (this.#writes.length < MAX_PENDING_WRITES) this.#writes.push({ gpa, length });
+    // The one beyond the limit says that there were more.
+    if (this.#writes.size <= MAX_PENDING_WRITES) this.#writes.set(`${gpa} ${length}`, { gpa, length });
   }
 
   /** Rules 0 to 9 of the document; false when the reader is something else. */

@@ -1,8 +1,9 @@
+import { MemtablesError } from '../errors.js';
 import type { Patch } from '../handlers/plan.js';
 import type { LiveRange } from '../safety/ranges.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import type { Gva } from '../vmi/address.js';
-import type { AppliedPatch, Patcher } from './patcher.js';
+import type { CodeChange, Patcher } from './patcher.js';
 
 /** Guest code replaced by a jump, and code of ours in slack that it leads to: a relocated load, or a hook. */
 export interface Redirection {
@@ -12,10 +13,10 @@ export interface Redirection {
   readonly at: Gva;
   /** Bytes that the jump replaces. */
   readonly length: number;
-  readonly code: AppliedPatch;
+  readonly code: CodeChange;
   readonly slack: SlackBlock;
   /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
-  jump: AppliedPatch | undefined;
+  jump: CodeChange | undefined;
 }
 
 /** Every redirection that is in the guest. To be changed on a quiescent guest only. */
@@ -36,9 +37,11 @@ export class Redirections {
   }
 
   /**
-   * Writes the code, then the jump to it; either both are in the guest afterwards or none.
+   * Writes the code, then the jump to it; either both are in the guest afterwards or none. `slack` is given back when
+   * they are taken out.
    *
-   * @throws MemtablesError of the hypervisor or the journal
+   * @throws MemtablesError of the hypervisor or the journal; `ROLLBACK_FAILED` when what was written could not be
+   *   taken out again: it stays in the list, disabled if that at least worked, for `remove` to try once more
    */
   install(
     kind: Redirection['kind'],
@@ -46,17 +49,18 @@ export class Redirections {
     patches: { readonly code: Patch; readonly jump: Patch },
     slack: SlackBlock,
   ): Redirection {
-    const code = this.patcher.apply(`code of ${label}`, patches.code);
-    let jump: AppliedPatch;
-    try {
-      jump = this.patcher.apply(`jump of ${label}`, patches.jump);
-    } catch (error) {
-      this.patcher.revert(code);
-      throw error;
-    }
+    const code = this.patcher.prepare(`code of ${label}`, patches.code);
+    const jump = this.patcher.prepare(`jump of ${label}`, patches.jump);
     const { gva, bytes } = patches.jump;
     const redirection: Redirection = { kind, label, at: gva, length: bytes.length, code, jump, slack };
     this.#all.add(redirection);
+    try {
+      this.patcher.apply(code);
+      this.patcher.apply(jump);
+    } catch (error) {
+      this.#rollBack(redirection, error);
+      throw error;
+    }
     return redirection;
   }
 
@@ -90,9 +94,9 @@ export class Redirections {
     this.#all.delete(redirection);
   }
 
-  /** The redirection that a patch belongs to. */
-  ownerOf(patch: AppliedPatch): Redirection | undefined {
-    return [...this.#all].find(({ code, jump }) => code === patch || jump === patch);
+  /** The redirection that a change belongs to. */
+  ownerOf(change: CodeChange): Redirection | undefined {
+    return [...this.#all].find(({ code, jump }) => code === change || jump === change);
   }
 
   /** Where a live pointer must not be when our code is taken out. */
@@ -109,6 +113,18 @@ export class Redirections {
     return this.ofKind('hook')
       .filter(({ jump }) => jump !== undefined)
       .map(({ at, length, label }) => interiorOf(at, length, label));
+  }
+
+  #rollBack(redirection: Redirection, cause: unknown): void {
+    try {
+      this.remove(redirection);
+    } catch (failure) {
+      throw new MemtablesError('ROLLBACK_FAILED', `${redirection.label} could not be taken back`, {
+        remedy: 'The journal lists the bytes to put back; restart the guest if nothing else can.',
+        context: { at: redirection.at, why: failure instanceof Error ? failure.message : String(failure) },
+        cause,
+      });
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 import { MemtablesError } from '../errors.js';
 import { planSeedHandler, seedHandlerSize } from '../handlers/seed.js';
 import type { Kernel } from '../nt/kernel.js';
-import { FunctionTable } from '../nt/pdata.js';
+import type { FunctionTable } from '../nt/pdata.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { instabilityOf } from '../slack/regions.js';
 import { functionAt } from '../switches/functions.js';
@@ -14,22 +14,23 @@ import type { Site } from './sites.js';
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
 const ENTRY_BYTES = 4;
+/** Trapped vCPUs stand still while a load is proven: no function of a kernel is larger. */
+const MOST_FUNCTION_BYTES = 64 * 1024;
 /** Operand and address sizes of what the recogniser accepts. */
 const LOAD_BITS = { dstBits: 32, addressBits: 64 } as const;
 
 /** Replaces a hot table load by a jump to a handler that loads immediates. */
 export class Relocator {
-  readonly #functions: FunctionTable;
   readonly #recogniser: SwitchRecogniser;
 
   constructor(
     private readonly kernel: Kernel,
+    private readonly functions: FunctionTable,
     private readonly slack: SlackAllocator,
     private readonly redirections: Redirections,
-    private readonly readOriginal: (gva: Gva, length: number) => Uint8Array,
+    private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
   ) {
-    this.#functions = FunctionTable.read(kernel.image);
-    this.#recogniser = new SwitchRecogniser(kernel.image, this.#functions);
+    this.#recogniser = new SwitchRecogniser(kernel.image, functions, MOST_FUNCTION_BYTES);
   }
 
   /**
@@ -76,14 +77,14 @@ export class Relocator {
 
   /** Whether all that the proof rests on is in memory now as it was at discovery. */
   #isUnchanged({ rva, table, entries, byteTable }: ProvenSwitch): boolean {
-    const code = functionAt(this.kernel.image, this.#functions, rva)!.ranges;
+    const code = functionAt(this.kernel.image, this.functions, rva)!.ranges;
     const ranges = [...code, { begin: table, end: table + entries * ENTRY_BYTES }];
     if (byteTable !== undefined) {
       ranges.push({ begin: byteTable.table, end: byteTable.table + byteTable.entries });
     }
     return ranges.every(({ begin, end }) => {
       const now = this.readOriginal(this.kernel.base + BigInt(begin), end - begin);
-      return Buffer.compare(now, this.kernel.image.read(begin, end - begin)) === 0;
+      return now !== undefined && Buffer.compare(now, this.kernel.image.read(begin, end - begin)) === 0;
     });
   }
 
@@ -96,7 +97,6 @@ export class Relocator {
     }
   }
 
-  /** Gives the slack back unless the handler is in it. */
   #install(site: Site, proof: ProvenSwitch, slack: SlackBlock): Outcome {
     const load = {
       ...LOAD_BITS,
@@ -106,15 +106,14 @@ export class Relocator {
       idx: proof.index,
       base: proof.base,
     };
-    try {
-      const plan = planSeedHandler(load, Uint32Array.from(proof.values), slack.gva);
-      if (plan.refused !== undefined) return ignore(site, plan.refused);
-      const label = `${proof.form} load at ${hex(site.rip)}`;
-      const patches = { code: plan.handler, jump: plan.site };
-      site.redirection = this.redirections.install('relocation', label, patches, slack);
-    } finally {
-      if (site.redirection === undefined) this.slack.free(slack);
+    const plan = planSeedHandler(load, Uint32Array.from(proof.values), slack.gva);
+    if (plan.refused !== undefined) {
+      this.slack.free(slack);
+      return ignore(site, plan.refused);
     }
+    const label = `${proof.form} load at ${hex(site.rip)}`;
+    const patches = { code: plan.handler, jump: plan.site };
+    site.redirection = this.redirections.install('relocation', label, patches, slack);
     site.state = 'relocated';
     return {
       type: 'relocated',

@@ -85,8 +85,12 @@ export class Unloader {
   removeDisabled(): void {
     const disabled = this.redirections.disabled();
     if (disabled.length === 0) return;
-    const ranges = this.redirections.codeRanges(disabled);
-    if (scanGuest(this.hypervisor, this.kernel, ranges).verdict !== 'safe') return;
+    const { findings, unsettled } = scanGuest(
+      this.hypervisor,
+      this.kernel,
+      this.redirections.codeRanges(disabled),
+    );
+    if (findings.length > 0 || unsettled.length > 0) return;
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
@@ -101,7 +105,8 @@ export class Unloader {
     this.#scans++;
     this.#inHandlers += findings.length;
     const occupied = new Set(findings.map(({ range }) => range));
-    if (unsettled.length === 0 && !entries.some((range) => occupied.has(range))) {
+    // What cannot be looked at keeps handlers in place, but no hook: nothing executes the bytes behind its jump.
+    if ((unsettled.length === 0 || !patient) && !entries.some((range) => occupied.has(range))) {
       for (const hook of this.redirections.ofKind('hook')) this.redirections.disable(hook);
     }
     if (findings.length > 0 || unsettled.length > 0) {

@@ -17,11 +17,11 @@ export class SlackAllocator {
 
   /**
    * @param regions must not overlap; those of `findSlack` do not.
-   * @param read returns guest memory as it is
+   * @param read returns guest memory as it is, `undefined` where nothing is mapped any more
    */
   constructor(
     regions: readonly SlackRegion[],
-    private readonly read: (gva: Gva, length: number) => Uint8Array,
+    private readonly read: (gva: Gva, length: number) => Uint8Array | undefined,
   ) {
     this.bytes = totalSize(regions);
     this.#regions = regions.map((region) => ({ holes: [region] }));
@@ -43,7 +43,7 @@ export class SlackAllocator {
     for (const region of this.#regions) {
       for (let block = take(region, size); block !== undefined; block = take(region, size)) {
         // Otherwise it is lost.
-        if (this.read(block.gva, size).every((byte) => byte === 0)) {
+        if (this.read(block.gva, size)?.every((byte) => byte === 0)) {
           this.#used.set(block, region);
           return block;
         }

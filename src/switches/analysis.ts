@@ -103,9 +103,9 @@ export class Analysis {
  * nothing but a handler of the unwind data enters a function in its middle. And it believes the compiler that
  * a switch without a guard stays within its own table.
  */
-export function analyse(image: ImageBytes, code: FunctionCode): Analysis {
+export function analyse(image: ImageBytes, code: FunctionCode, maxBytes = MAX_FUNCTION_BYTES): Analysis {
   const bytes = code.ranges.reduce((sum, { begin, end }) => sum + end - begin, 0);
-  if (bytes > MAX_FUNCTION_BYTES || code.ranges.length > MAX_FRAGMENTS) {
+  if (bytes > maxBytes || code.ranges.length > MAX_FRAGMENTS) {
     const analysis = new Analysis();
     analysis.outcome = 'too-complex';
     return analysis;

@@ -12,7 +12,7 @@ import {
   type TableLoad,
 } from './analysis.js';
 import { NEAR_JUMP_LENGTH } from './candidate.js';
-import { functionAt } from './functions.js';
+import { functionAt, MAX_FUNCTION_BYTES } from './functions.js';
 
 /** Why a load is not a switch's table load with a proven end. */
 export type RefusalReason =
@@ -101,6 +101,8 @@ export class SwitchRecogniser {
   constructor(
     private readonly image: ImageBytes,
     private readonly functions: FunctionTable,
+    /** Larger functions are not analysed. */
+    private readonly maxFunctionBytes = MAX_FUNCTION_BYTES,
   ) {}
 
   /**
@@ -126,7 +128,7 @@ export class SwitchRecogniser {
     const code = functionAt(this.image, this.functions, rva);
     if (code === undefined) return undefined;
     const key = code.ranges[0]!.begin;
-    const analysis = this.analyses.get(key) ?? analyse(this.image, code);
+    const analysis = this.analyses.get(key) ?? analyse(this.image, code, this.maxFunctionBytes);
     this.analyses.delete(key); // back in as the last one used
     this.analyses.set(key, analysis);
     if (this.analyses.size > KEPT_ANALYSES) this.analyses.delete(this.analyses.keys().next().value!);

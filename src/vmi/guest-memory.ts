@@ -50,6 +50,16 @@ export class GuestMemory {
     return bytes;
   }
 
+  /** As `read`; `undefined` where a part of the range is not mapped. */
+  readIfMapped(gva: Gva, length: number): Buffer | undefined {
+    try {
+      return this.read(gva, length);
+    } catch (error) {
+      if (error instanceof MemtablesError && error.code === 'GUEST_MEMORY_UNMAPPED') return undefined;
+      throw error;
+    }
+  }
+
   readU8(gva: Gva): number {
     return this.read(gva, 1).readUInt8();
   }

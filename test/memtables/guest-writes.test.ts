@@ -1,13 +1,11 @@
 import { describe, expect, test } from 'vitest';
-import { gpaOfFrame, PAGE_SIZE } from '../../src/vmi/address.js';
+import { PAGE_SIZE } from '../../src/vmi/address.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { handlerAt, hookAll, relocations, serve, stepInto } from './relocated-guest.js';
+import { handlerAt, hookAll, relocations, serve, stepInto, workAll } from './relocated-guest.js';
 
 /** `mov [rcx], dl`, and a jump to itself. */
 const STORE = Buffer.from([0x88, 0x11, 0xeb, 0xfe]);
 const STORE_BYTES = 2n;
-const PTE_WRITABLE = 2n;
-const LEVEL_SHIFTS = [39n, 30n, 21n];
 
 /** A guest with code of the test's in it that stores a byte anywhere, read-only pages included. */
 function guestThatWrites() {
@@ -25,7 +23,7 @@ function guestThatWrites() {
 
   /** What a driver that patches the kernel does; the vCPU goes on as if nothing had been. */
   const store = (gva: bigint, byte: number) => {
-    makeWritable(guest, gva);
+    guest.makeWritable(gva);
     const before = machine.registers(0);
     machine.setRegisters(0, { rip: code, rcx: gva, rdx: BigInt(byte) });
     const { trap } = machine.step(0, 1);
@@ -39,22 +37,6 @@ function guestThatWrites() {
   return { guest, store, ...attached };
 }
 
-/** Sets the writable bit of the page's entry in the System process's page table. */
-function makeWritable({ machine, loaded }: EmbeddedGuest, gva: bigint): void {
-  const entryAt = (table: bigint, shift: bigint) => table + ((gva >> shift) & 0x1ffn) * 8n;
-  let table = loaded.directoryTable;
-  for (const shift of LEVEL_SHIFTS) {
-    const entry = machine.readPhysical(entryAt(table, shift), 8).readBigUInt64LE();
-    table = gpaOfFrame((entry >> 12n) & 0xff_ffff_ffffn);
-  }
-  const at = entryAt(table, 12n);
-  const entry = machine.readPhysical(at, 8);
-  entry.writeBigUInt64LE(entry.readBigUInt64LE() | PTE_WRITABLE);
-  machine.writePhysical(at, entry);
-  // The processor would need an INVLPG.
-  machine.setRegisters(0, { cr3: machine.registers(0).cr3 });
-}
-
 describe('a guest write over hidden bytes completes, is reported, and takes the change back', () => {
   test('over a relocated load: the guest has its own code again, and the rest of the load', () => {
     const { guest, store, engine, kernel, events } = guestThatWrites();
@@ -63,7 +45,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     const [first] = kernel.image.read(rva, 1);
     store(site, first!);
     expect(engine.statistics().cloakedWrites).toBe(1);
-    engine.work();
+    workAll(engine);
     expect(events.at(-1)).toMatchObject({ type: 'taken-back', at: site });
     expect(Buffer.from(kernel.memory.read(site, 7))).toEqual(Buffer.from(kernel.image.read(rva, 7)));
     expect(engine.statistics().refused).toMatchObject({ 'overwritten-by-guest': 1 });
@@ -79,7 +61,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     const { site } = relocations(events).at(-1)!;
     const original = kernel.image.read(Number(site - kernel.base), 7);
     store(site + 6n, 0x77);
-    engine.work();
+    workAll(engine);
     expect([...kernel.memory.read(site, 7)]).toEqual([...original.subarray(0, 6), 0x77]);
     // Its code is broken now, by its own doing: mend it before anything executes it.
     store(site + 6n, original[6]!);
@@ -97,13 +79,13 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     // A vCPU inside the handler: its code has to stay.
     stepInto(guest, 0, (rip) => (handlerAt(events, rip) === victim ? victim : undefined));
     store(victim.site, kernel.image.read(rva, 1)[0]!);
-    engine.work();
+    workAll(engine);
     expect(engine.statistics().slack.free).toBe(free);
     while (handlerAt(events, guest.machine.registers(0).rip) === victim) guest.machine.step(0, 1);
     // Another write that concerns us brings the next work step.
     const other = relocations(events).find(({ site }) => site !== victim.site)!;
     store(other.site, kernel.image.read(Number(other.site - kernel.base), 1)[0]!);
-    engine.work();
+    workAll(engine);
     expect(engine.statistics().slack.free).toBeGreaterThanOrEqual(free + victim.handlerBytes);
     expect(kernel.memory.read(victim.handler, victim.handlerBytes).every((byte) => byte === 0)).toBe(true);
     guest.startTimer();
@@ -128,7 +110,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     const [byte] = kernel.image.read(Number(behind - kernel.base), 1);
     const count = events.length;
     store(behind, byte!);
-    engine.work();
+    workAll(engine);
     expect(engine.statistics().cloakedWrites).toBe(0);
     expect(events.length).toBe(count);
     guest.startTimer();

@@ -1,4 +1,6 @@
-import { describe, expect, test } from 'vitest';
+import { describe, expect, onTestFinished, test, vi } from 'vitest';
+import { encodeJump } from '../../src/handlers/jump.js';
+import { FunctionTable } from '../../src/nt/pdata.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 import { preemptAt, relocations, serve, stepInto, stepOnce } from './relocated-guest.js';
 
@@ -62,6 +64,22 @@ describe('a hook that cannot be placed is refused with the reason, and the guest
     expect(() => engine.hook(`nt!${NAME}`)).toThrow(refusal('hooked-already'));
     expect(guest.image()).toBe(image);
     engine.unload();
+  });
+
+  test('a function one of whose parts, moved elsewhere by the compiler, jumps back into its first bytes', () => {
+    const guest = EmbeddedGuest.boot({ vcpus: 1 });
+    const { engine, kernel } = guest.attach();
+    // A function that nothing calls plays the part.
+    const cold = kernel.symbolRva('RtlGetVersion');
+    const jump = encodeJump(kernel.base + BigInt(cold), kernel.symbol(NAME) + INTERIOR)!;
+    guest.machine.writePhysical(guest.loaded.translate(kernel.base + BigInt(cold))!, jump);
+    const fragments = vi
+      .spyOn(FunctionTable.prototype, 'fragmentsOf')
+      .mockImplementation((entry) => [entry, { begin: cold, end: cold + jump.length, unwind: 0 }]);
+    onTestFinished(() => fragments.mockRestore());
+    const before = guest.image();
+    expect(() => engine.hook(`nt!${NAME}`)).toThrow(refusal('branch-target'));
+    expect(guest.image()).toBe(before);
   });
 
   test('a function whose first bytes a vCPU never leaves', () => {

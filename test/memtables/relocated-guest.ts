@@ -20,9 +20,14 @@ export function serve(guest: EmbeddedGuest, engine: Engine, done: () => boolean,
   for (let i = 0; i < listens; i++) {
     if (done()) return;
     guest.hypervisor.listen(1);
-    engine.work();
+    workAll(engine);
   }
   throw new Error('this took too long');
+}
+
+/** Lets the engine do all that is queued now. */
+export function workAll(engine: Engine): void {
+  while (engine.hasWork) engine.work();
 }
 
 export function relocations(events: readonly EngineEvent[]): Relocated[] {
@@ -77,15 +82,15 @@ export function stepInto<T>(guest: EmbeddedGuest, vcpu: number, find: (rip: bigi
 }
 
 /** Lets the clock interrupt the vCPU at such a place, until that makes the scheduler pick another thread. */
-export function preemptAt(
+export function preemptAt<T>(
   guest: EmbeddedGuest,
   kernel: Kernel,
   vcpu: number,
-  find: (rip: bigint) => unknown,
-): void {
+  find: (rip: bigint) => T | undefined,
+): T {
   const currentThread = () => findProcessor(kernel, vcpu, guest.machine.registers(vcpu))!.currentThread;
   for (let tries = 0; tries < MOST_TRIES; tries++) {
-    stepInto(guest, vcpu, find);
+    const found = stepInto(guest, vcpu, find);
     const { rip } = guest.machine.registers(vcpu);
     const thread = currentThread();
     guest.tick(vcpu);
@@ -93,7 +98,7 @@ export function preemptAt(
     for (let more = 0; more < STEPS_OUT_OF_SWITCH; more++) stepOnce(guest, vcpu);
     // It may have been a DPC that was interrupted, which goes on before the switch.
     const { findings } = scanGuest(guest.hypervisor, kernel, [{ start: rip, end: rip + 1n, owner: 'here' }]);
-    if (findings.some(({ isRip, thread: owner }) => isRip && owner?.gva === thread)) return;
+    if (findings.some(({ isRip, thread: owner }) => isRip && owner?.gva === thread)) return found;
   }
   throw new Error('the thread is never preempted there');
 }

@@ -3,7 +3,7 @@ import type { Engine } from '../../src/memtables/engine.js';
 import type { EngineEvent } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { hookAll, relocations, serve } from './relocated-guest.js';
+import { hookAll, relocations, serve, workAll } from './relocated-guest.js';
 
 /** A leaf function, inside which the profile may name any place as a function. */
 const LEAF = 'IoAllocateMdl';
@@ -41,7 +41,7 @@ describe('a load is left where it is', () => {
     const entry = kernel.memory.translate(kernel.base + BigInt(tableRva + 4));
     guest.machine.writePhysical(entry, Buffer.from([1]));
     engine.relocating = true;
-    engine.work();
+    workAll(engine);
     const site = kernel.base + BigInt(loadRva);
     expect(refusalOf(events, site)).toBe('code-has-changed');
     expect(relocations(events).length).toBeGreaterThan(10);
@@ -62,7 +62,7 @@ describe('a load is left where it is', () => {
     const at = kernel.memory.translate(kernel.base + BigInt(functionRva + constant));
     guest.machine.writePhysical(at, Buffer.from([code[constant]! ^ 0xff]));
     engine.relocating = true;
-    engine.work();
+    workAll(engine);
     expect(refusalOf(events, kernel.base + BigInt(loadRva))).toBe('code-has-changed');
     engine.unload();
   });
@@ -77,7 +77,7 @@ describe('a load is left where it is', () => {
     engine.relocating = true;
     nameSymbol(kernel, 'Inside', loadRva);
     engine.hook('nt!Inside');
-    engine.work();
+    workAll(engine);
     expect(refusalOf(events, site)).toBe('overlaps-hook');
     engine.unload();
     expect(guest.wrongStreams()).toEqual([]);

@@ -15,7 +15,7 @@ import type { EngineEvent } from '../../src/memtables/report.js';
 import { discoverKernel, type Kernel } from '../../src/nt/kernel.js';
 import { PeImage, type Section } from '../../src/nt/pe.js';
 import { loadProfile } from '../../src/nt/profile.js';
-import { PAGE_SIZE } from '../../src/vmi/address.js';
+import { type Gpa, type Gva, PAGE_SIZE } from '../../src/vmi/address.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
 import { MachineHypervisor } from './machine-hypervisor.js';
@@ -24,6 +24,9 @@ const MEMORY_BYTES = 64 << 20;
 export const TIMER_VECTOR = 0xd1;
 const TIMER_MICROSECONDS = 1000;
 const BOOT_RUNS = 20_000;
+const PTE_PRESENT = 1n;
+const PTE_WRITABLE = 2n;
+const PTE_FRAME = 0x000f_ffff_ffff_f000n;
 
 /** A booted guest on the embedded machine, in this process. */
 export class EmbeddedGuest {
@@ -92,6 +95,34 @@ export class EmbeddedGuest {
       const pageEnd = Math.ceil((rva + virtualSize) / PAGE_SIZE) * PAGE_SIZE;
       const gpa = this.loaded.translate(this.loaded.kernelBase + BigInt(pageEnd - 1));
       if (gpa !== undefined) this.machine.writePhysical(gpa, Buffer.from([1]));
+    }
+  }
+
+  /** Lets the kernel write to a read-only page, as a driver that patches code does. */
+  makeWritable(gva: Gva): void {
+    this.#changeEntry(gva, (entry) => entry | PTE_WRITABLE);
+  }
+
+  /** Takes a page out of memory, as the pager does; returns how to bring it back. */
+  unmap(gva: Gva): () => void {
+    this.#changeEntry(gva, (entry) => entry & ~PTE_PRESENT);
+    return () => this.#changeEntry(gva, (entry) => entry | PTE_PRESENT);
+  }
+
+  /** Changes the page's entry in the System process's page table. */
+  #changeEntry(gva: Gva, change: (entry: bigint) => bigint): void {
+    const entryAt = (table: Gpa, shift: bigint) => table + ((gva >> shift) & 0x1ffn) * 8n;
+    let table = this.loaded.directoryTable;
+    for (const shift of [39n, 30n, 21n]) {
+      const entry = this.machine.readPhysical(entryAt(table, shift), 8).readBigUInt64LE();
+      table = entry & PTE_FRAME;
+    }
+    const entry = this.machine.readPhysical(entryAt(table, 12n), 8);
+    entry.writeBigUInt64LE(change(entry.readBigUInt64LE()));
+    this.machine.writePhysical(entryAt(table, 12n), entry);
+    // In place of an INVLPG.
+    for (let vcpu = 0; vcpu < this.machine.vcpuCount; vcpu++) {
+      this.machine.setRegisters(vcpu, { cr3: this.machine.registers(vcpu).cr3 });
     }
   }
 

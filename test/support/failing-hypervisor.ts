@@ -1,7 +1,10 @@
 import { MemtablesError } from '../../src/errors.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
 
-/** The calls that can fail: all that change something or ask the guest. */
+/**
+ * The calls that can fail: all that change something or ask the guest. `resume` and `flushCaches` fail only when the
+ * hypervisor is gone, and nothing can be restored.
+ */
 const FALLIBLE = [
   'readPhysical',
   'writePhysical',
@@ -15,20 +18,26 @@ const FALLIBLE = [
 
 type Fallible = (typeof FALLIBLE)[number];
 
+/** Those that change the guest. */
+const CHANGES: readonly string[] = ['writePhysical', 'trapAccess', 'releaseAccess'];
+
 export interface FailingHypervisor {
   readonly hypervisor: Hypervisor;
   /** The calls made so far, in order. */
   readonly log: Fallible[];
-  /** Makes the n-th call from now fail, once; 0 for none. */
-  failAt(n: number): void;
-  /** False while the failure has not happened yet. */
+  /** Makes the n-th call from now fail, and then the n-th after each failure; nothing for none. */
+  failAt(...ns: number[]): void;
+  /** As `failAt`, counting only calls that change the guest. */
+  failAtChange(n: number): void;
+  /** False while a failure has not happened yet. */
   readonly failed: boolean;
 }
 
 /** Passes calls on, logs them, and fails one of them. */
 export function failingHypervisor(inner: Hypervisor): FailingHypervisor {
   const log: Fallible[] = [];
-  let left = 0;
+  let left: number[] = [];
+  let changesOnly = false;
   const hypervisor = new Proxy(inner, {
     get(target, property) {
       const value = Reflect.get(target, property);
@@ -36,7 +45,9 @@ export function failingHypervisor(inner: Hypervisor): FailingHypervisor {
       if (!FALLIBLE.includes(property as Fallible)) return value.bind(target);
       return (...args: unknown[]) => {
         log.push(property as Fallible);
-        if (left > 0 && --left === 0) {
+        const counts = !changesOnly || CHANGES.includes(String(property));
+        if (counts && left.length > 0 && --left[0]! === 0) {
+          left.shift();
           throw new MemtablesError('HYPERVISOR_FAILED', `${String(property)} failed on purpose`, {
             remedy: 'This is a test.',
           });
@@ -48,11 +59,16 @@ export function failingHypervisor(inner: Hypervisor): FailingHypervisor {
   return {
     hypervisor,
     log,
-    failAt(n) {
-      left = n;
+    failAt(...ns) {
+      left = ns;
+      changesOnly = false;
+    },
+    failAtChange(n) {
+      left = [n];
+      changesOnly = true;
     },
     get failed() {
-      return left === 0;
+      return left.length === 0;
     },
   };
 }

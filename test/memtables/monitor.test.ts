@@ -1,0 +1,121 @@
+import { describe, expect, test } from 'vitest';
+import { CloakMap } from '../../src/cloak/cloak-map.js';
+import { Monitor } from '../../src/memtables/monitor.js';
+import type { CodeChange } from '../../src/memtables/patcher.js';
+import { SiteTable } from '../../src/memtables/sites.js';
+import type { Kernel } from '../../src/nt/kernel.js';
+import type { Hypervisor, Violation } from '../../src/vmi/hypervisor.js';
+import { InstructionCache } from '../../src/x86/instruction-cache.js';
+
+const CODE = 0xffff_f800_0000_0000n;
+const STORE_BYTE = [0x88, 0x11]; // mov [rcx], dl
+const LOAD_BYTE = [0x0f, 0xb6, 0x01]; // movzx eax, byte ptr [rcx]
+const LOAD_QWORD = [0x48, 0x8b, 0x01]; // mov rax, [rcx]
+const ORIGINAL = 0x11;
+const CURRENT = 0x22;
+
+/** A monitor that sees this code at `CODE`, and memory that holds what was put there. */
+function setUp(code: number[]) {
+  const owner = { label: 'x', patch: { gva: 0n, bytes: Buffer.alloc(0) }, journalled: new Map() };
+  const cloaks = new CloakMap<CodeChange>();
+  const hide = (gpa: bigint, length: number) =>
+    cloaks.hide({
+      gpa,
+      original: Buffer.alloc(length, ORIGINAL),
+      current: Buffer.alloc(length, CURRENT),
+      owner,
+    });
+  let flushes = 0;
+  const hypervisor = {
+    readPhysical: (_: bigint, length: number) => Buffer.alloc(length, CURRENT),
+    flushCaches: () => {
+      flushes++;
+    },
+  } as Partial<Hypervisor> as Hypervisor;
+  const guest = { code };
+  const kernel = {
+    base: CODE,
+    end: CODE + 0x10000n,
+    ssdt: { start: 0n, end: 0n },
+    memory: {
+      isMapped: () => true,
+      read: () => Buffer.from([...guest.code, ...Buffer.alloc(15)]).subarray(0, 15),
+    },
+  } as unknown as Kernel;
+  const monitor = new Monitor(hypervisor, kernel, cloaks, new InstructionCache(), new SiteTable(), 50);
+  const violate = (gpa: bigint, kind: 'read' | 'write') =>
+    monitor.handle({
+      vcpu: 0,
+      rip: CODE,
+      gva: gpa,
+      gpa,
+      read: kind === 'read',
+      write: kind === 'write',
+      execute: false,
+      register: () => 0n,
+    } satisfies Violation);
+  return { monitor, hide, violate, guest, flushes: () => flushes };
+}
+
+describe('guest writes to hidden bytes', () => {
+  test('the same write over and over is remembered once', () => {
+    const { monitor, hide, violate } = setUp(STORE_BYTE);
+    hide(0x1000n, 16);
+    for (let i = 0; i < 5000; i++) violate(0x1004n, 'write');
+    violate(0x1005n, 'write');
+    violate(0x1ff0n, 'write');
+    expect(monitor.cloakedWrites).toBe(5001);
+    expect(monitor.takeWrites()).toEqual([
+      { gpa: 0x1004n, length: 1 },
+      { gpa: 0x1005n, length: 1 },
+    ]);
+    expect(monitor.takeWrites()).toEqual([]);
+  });
+
+  test('more different ones than are remembered are not forgotten: which ones there were is unknown', () => {
+    const { monitor, hide, violate } = setUp(STORE_BYTE);
+    hide(0x1000n, 4096);
+    hide(0x2000n, 4096);
+    for (let gpa = 0x1000n; gpa < 0x1000n + 4096n; gpa++) violate(gpa, 'write');
+    violate(0x2000n, 'write');
+    expect(monitor.hasWork).toBe(true);
+    expect(monitor.takeWrites()).toBe('unknown');
+    expect(monitor.hasWork).toBe(false);
+  });
+
+  test('what was read before a write is not answered from a cache after it', () => {
+    const { hide, violate, guest, flushes } = setUp(STORE_BYTE);
+    hide(0x1000n, 4);
+    violate(0x1080n, 'write');
+    guest.code = LOAD_QWORD;
+    violate(0x0ffcn + 4n, 'read');
+    expect(flushes()).toBe(1);
+  });
+});
+
+describe('a read is answered with all hidden bytes that it may reach', () => {
+  test('also when the code at RIP has been replaced by one that reads more', () => {
+    const { hide, violate, guest } = setUp(LOAD_BYTE);
+    hide(0x1004n, 4);
+    violate(0x1000n, 'read');
+    guest.code = LOAD_QWORD;
+    const answer = violate(0x1000n, 'read');
+    expect([...answer!.subarray(0, 8)]).toEqual([...Buffer.alloc(4, CURRENT), ...Buffer.alloc(4, ORIGINAL)]);
+  });
+
+  test('a read that does not reach one counts as a reader, and one that does as a hidden read', () => {
+    const { monitor, hide, violate } = setUp(LOAD_BYTE);
+    hide(0x1004n, 4);
+    violate(0x1000n, 'read');
+    expect([monitor.otherReads, monitor.cloakedReads.size]).toEqual([1, 0]);
+    violate(0x1004n, 'read');
+    expect([monitor.otherReads, [...monitor.cloakedReads]]).toEqual([1, [['1-byte', 1]]]);
+  });
+
+  test('memory itself answers where nothing is hidden within the longest answer', () => {
+    const { hide, violate } = setUp(LOAD_BYTE);
+    hide(0x1200n, 4);
+    expect(violate(0x1000n, 'read')).toBeUndefined();
+    expect(violate(0x1101n, 'read')).toHaveLength(256);
+  });
+});
