@@ -30,7 +30,6 @@ export type ErrorCode =
   // changing the guest
   | 'SLACK_EXHAUSTED'
   | 'HOOK_REFUSED'
-  | 'SITE_CHANGED'
   | 'JOURNAL_FAILED'
   | 'UNLOAD_BLOCKED'
   | 'ROLLBACK_FAILED'

@@ -54,7 +54,6 @@ const BY_CODE: Record<ErrorCode, number> = {
   SYMBOL_NOT_FOUND: EXIT.guest,
   SLACK_EXHAUSTED: EXIT.refused,
   HOOK_REFUSED: EXIT.refused,
-  SITE_CHANGED: EXIT.refused,
   JOURNAL_FAILED: EXIT.environment,
   UNLOAD_BLOCKED: EXIT.unload,
   ROLLBACK_FAILED: EXIT.unload,

@@ -142,7 +142,7 @@ export class Monitor {
     if (this.#writes.size <= MAX_PENDING_WRITES) this.#writes.set(`${gpa} ${length}`, { gpa, length });
   }
 
-  /** Rules 0 to 9 of the document; false when the reader is something else. */
+  /** Rules 0 to 9 of HVMI's documentation; false when the reader is something else. */
   #countTableLoad(instruction: Instruction, violation: Violation): boolean {
     const verdict = checkCandidate(
       instruction,

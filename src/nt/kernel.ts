@@ -67,11 +67,6 @@ export class Kernel {
     this.exportTable ??= ExportTable.read(this.image);
     return this.exportTable;
   }
-
-  /** The image's bytes as they were at discovery. @throws MemtablesError `IMAGE_INVALID` outside the image */
-  bytes(rva: number, length: number): Uint8Array {
-    return this.image.read(rva, length);
-  }
 }
 
 /**

@@ -1,11 +1,6 @@
+import type { GvaRange } from '../nt/kernel.js';
 import type { Gva } from '../vmi/address.js';
 import { type Instruction, Mnemonic, Register } from '../x86/instruction.js';
-
-/** A range of guest-virtual addresses; `end` is exclusive. */
-export interface GvaRange {
-  readonly start: Gva;
-  readonly end: Gva;
-}
 
 /** The rules that make a reading instruction look like a switch's table load, numbered as in HVMI's documentation. */
 export const CANDIDATE_RULES = [

@@ -60,8 +60,4 @@ export class InstructionCache {
     }
     return dropped;
   }
-
-  clear(): void {
-    this.instructions.clear();
-  }
 }

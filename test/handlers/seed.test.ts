@@ -9,7 +9,7 @@ import {
 } from '../../src/handlers/seed.js';
 import { GPR_NAMES } from '../../src/x86/registers.js';
 
-/** The example of the document: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
+/** The example of HVMI's documentation: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
 const LOAD: TableLoad = {
   gva: 0xffff_8000_1234_0000n,
   length: 7,
@@ -37,7 +37,7 @@ function hexBytes(bytes: Uint8Array): string {
 }
 
 describe('encoding', () => {
-  it("the document's example, byte for byte", () => {
+  it("the example of HVMI's documentation, byte for byte", () => {
     const plan = planned();
     const expected = [
       '9c', // pushfq

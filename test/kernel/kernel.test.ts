@@ -121,7 +121,7 @@ describe('kernel discovery', () => {
     guest.unmap(guest.base + 0x6000n);
     const kernel = discoverKernel(guest, profile);
     expect([...kernel.holes]).toEqual([0x3000, 0x6000]);
-    expect(Buffer.from(kernel.bytes(0x3000, 4096)).equals(Buffer.alloc(4096))).toBe(true);
+    expect(Buffer.from(kernel.image.read(0x3000, 4096)).equals(Buffer.alloc(4096))).toBe(true);
   });
 
   it.each([0x2000n, 0x4000n, 0x5000n])('refuses a kernel without the page at RVA %s', (rva) => {
@@ -169,7 +169,7 @@ describe('kernel discovery', () => {
     const guest = new FakeGuest();
     const kernel = discoverKernel(guest, profile);
     guest.write(guest.symbol('NtClose'), Buffer.from([0xe9]));
-    expect(kernel.bytes(0x1100, 1)[0]).toBe(0);
+    expect(kernel.image.read(0x1100, 1)[0]).toBe(0);
     expect(kernel.memory.readU8(guest.symbol('NtClose'))).toBe(0xe9);
   });
 });

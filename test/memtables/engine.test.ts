@@ -101,7 +101,7 @@ describe('engine on the embedded guest', () => {
       discardable: 'discardable',
       initkdbg: 'initialisation-code',
       kvascode: 'mapped-for-user-mode',
-      // These break one of the document's rules, and are never counted.
+      // These break one of the candidate rules, and are never counted.
       'system-service-table': 'no candidate',
       'not-a-mov': 'no candidate',
       'three-operands': 'no candidate',

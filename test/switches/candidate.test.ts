@@ -13,13 +13,13 @@ function decode(code: string): Instruction {
 
 const check = (instruction: Instruction, gva = TABLE) => checkCandidate(instruction, gva, KERNEL, SSDT);
 
-/** mov ecx, [rdx+rax*4+0x4ea91c], the document's example */
+/** mov ecx, [rdx+rax*4+0x4ea91c], the example of HVMI's documentation */
 const LOAD = decode('8b 8c 82 1c a9 4e 00');
 const memory = LOAD.operands[1] as MemoryOperand;
 const withOperands = (...operands: Instruction['operands']): Instruction => ({ ...LOAD, operands });
 
 describe('candidate rules 0 to 9', () => {
-  it("are the document's, in its order", () => {
+  it("are those of HVMI's documentation, in its order", () => {
     expect(CANDIDATE_RULES).toHaveLength(10);
     expect(check(LOAD)).toEqual({ accepted: true });
   });
