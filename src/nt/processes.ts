@@ -1,7 +1,6 @@
-import { type Gpa, type Gva, hex } from '../vmi/address.js';
+import { type Gva, hex } from '../vmi/address.js';
 import type { Kernel } from './kernel.js';
 import { walkList } from './list.js';
-import { pageTableRoot } from './page-table.js';
 import { kernelPointer, Layout } from './structure.js';
 
 /** Far more than a Windows guest can hold; a longer list is hostile. */
@@ -15,7 +14,6 @@ export interface Process {
   readonly pid: bigint;
   /** The file name of its image, cut off by the kernel after 15 bytes. */
   readonly name: string;
-  readonly pageTable: Gpa;
 }
 
 /**
@@ -38,13 +36,10 @@ export function readProcess(kernel: Kernel, gva: Gva): Process {
     UniqueProcessId: 8,
     ImageFileName: IMAGE_NAME_LENGTH,
   }).read(kernel.memory, gva);
-  // KPROCESS is the first member of EPROCESS.
-  const root = new Layout(kernel.profile, '_KPROCESS', { DirectoryTableBase: 8 }).read(kernel.memory, gva);
   return {
     gva,
     pid: fields.u64('UniqueProcessId'),
     name: printable(fields.bytesOf('ImageFileName', IMAGE_NAME_LENGTH)),
-    pageTable: pageTableRoot(root.u64('DirectoryTableBase')),
   };
 }
 

@@ -52,7 +52,9 @@ export function findProcessor(kernel: Kernel, vcpu: number, registers: Registers
   let kpcr = [registers.gsBase, registers.shadowGs].find((gva) => isPcr(gva, undefined));
   if (kpcr === undefined) {
     for (const prcb of processorBlocks(kernel)) {
-      if (isPcr(prcb - prcbOffset, registers.trBase)) kpcr = prcb - prcbOffset;
+      if (!isPcr(prcb - prcbOffset, registers.trBase)) continue;
+      kpcr = prcb - prcbOffset;
+      break;
     }
   }
   return kpcr === undefined ? undefined : readProcessor(kernel, vcpu, kpcr, registers.trBase);

@@ -16,7 +16,9 @@ const CLIENT_ID_SIZE = 16;
 const UNIQUE_THREAD = 8;
 
 /** The KTHREAD_STATE values that matter here. */
-export const ThreadState = { Running: 2, Terminated: 4 } as const;
+export const ThreadState = { Running: 2, Terminated: 4, Waiting: 5 } as const;
+/** The KPROCESSOR_MODE of a wait on behalf of a user program. */
+const USER_MODE = 1;
 
 export interface Thread {
   /** Its ETHREAD, which is its KTHREAD too. */
@@ -24,7 +26,6 @@ export interface Thread {
   readonly process: Process;
   readonly tid: bigint;
   readonly state: number;
-  readonly waitReason: number;
   /** The saved stack pointer; stale while the thread runs. */
   readonly kernelStack: Gva;
   readonly initialStack: Gva;
@@ -80,7 +81,6 @@ function readThreadOf(kernel: Kernel, gva: Gva, process: Process): Thread | unde
     StackBase: 8,
     KernelStack: 8,
     State: 1,
-    WaitReason: 1,
     Process: 8,
   }).read(kernel.memory, gva);
   if (fields.u64('Process') !== process.gva) return undefined;
@@ -90,12 +90,22 @@ function readThreadOf(kernel: Kernel, gva: Gva, process: Process): Thread | unde
     process,
     tid: cid.bytesOf('Cid', CLIENT_ID_SIZE).readBigUInt64LE(UNIQUE_THREAD),
     state: fields.u8('State'),
-    waitReason: fields.u8('WaitReason'),
     kernelStack: fields.u64('KernelStack'),
     initialStack: fields.u64('InitialStack'),
     stackBase: fields.u64('StackBase'),
     stackLimit: fields.u64('StackLimit'),
   };
+}
+
+/**
+ * Whether a thread waits in user mode (the WaitMode of its KTHREAD): NT takes away the kernel stacks of such threads
+ * only. False when the profile does not have that field.
+ *
+ * @throws MemtablesError `GUEST_MEMORY_UNMAPPED`
+ */
+export function waitsInUserMode({ memory, profile }: Kernel, thread: Thread): boolean {
+  if (thread.state !== ThreadState.Waiting || !profile.hasField('_KTHREAD', 'WaitMode')) return false;
+  return memory.readU8(thread.gva + BigInt(profile.offset('_KTHREAD', 'WaitMode'))) === USER_MODE;
 }
 
 /**
@@ -138,15 +148,12 @@ export function savedStackPointer(thread: Thread): Gva {
 }
 
 /**
- * The earlier stacks of a thread whose kernel stack was expanded: each with where it was left. Parts of the
- * current stack, as around a call back into user mode, are not repeated.
+ * The thread as it was on each of its earlier stacks, the latest first: on another one before its kernel stack was
+ * expanded, on the same before a call back into user mode. At most 256.
  *
  * @throws MemtablesError `GUEST_STRUCTURE_INVALID`, `GUEST_MEMORY_UNMAPPED` when the chain does not add up
  */
-export function* earlierStacks(
-  kernel: Kernel,
-  thread: Thread,
-): Generator<{ readonly rsp: Gva; readonly base: Gva }> {
+export function* earlierStacks(kernel: Kernel, thread: Thread): Generator<Thread> {
   const { memory, profile } = kernel;
   if (!profile.hasField('_KSTACK_CONTROL', 'Previous')) return;
   const previous = BigInt(profile.offset('_KSTACK_CONTROL', 'Previous'));
@@ -163,16 +170,14 @@ export function* earlierStacks(
     const fields = segment.read(memory, control + previous);
     const base = fields.u64('StackBase');
     if (base === 0n) return;
-    if (base !== thread.stackBase) {
-      const earlier = {
-        ...thread,
-        stackBase: base,
-        stackLimit: fields.u64('StackLimit'),
-        kernelStack: fields.u64('KernelStack'),
-      };
-      yield { rsp: savedStackPointer(earlier), base };
-    }
     control = fields.u64('InitialStack');
+    yield {
+      ...thread,
+      stackBase: base,
+      stackLimit: fields.u64('StackLimit'),
+      kernelStack: fields.u64('KernelStack'),
+      initialStack: control,
+    };
   }
   throw structureInvalid(`thread ${thread.tid} has more than ${MAX_STACK_SEGMENTS} stacks`, {
     thread: thread.gva,

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { discoverKernel } from '../../src/nt/kernel.js';
 import { FunctionTable } from '../../src/nt/pdata.js';
-import { processes } from '../../src/nt/processes.js';
+import { type Process, processes } from '../../src/nt/processes.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { type Thread, threads } from '../../src/nt/threads.js';
 import type { Gva } from '../../src/vmi/address.js';
@@ -30,7 +30,9 @@ function bootedGuest(options: SteppedOptions) {
     for (let entry = guest.readU64(head); entry !== head; entry = guest.readU64(entry)) entries.push(entry);
     return entries;
   };
-  return { guest, kernel, vcpus, processor, all, offset, list };
+  const waitReasonOf = ({ gva }: Thread) => guest.read(gva + offset('_KTHREAD', 'WaitReason'), 1).readUInt8();
+  const directoryTable = ({ gva }: Process) => guest.readU64(gva + offset('_KPROCESS', 'DirectoryTableBase'));
+  return { guest, kernel, vcpus, processor, all, offset, list, waitReasonOf, directoryTable };
 }
 
 type Booted = ReturnType<typeof bootedGuest>;
@@ -86,7 +88,8 @@ describe('preemption', () => {
         waiting.delete(processor(vcpu).currentThread);
       }
       for (const thread of all()) {
-        const { state, waitReason, gva } = thread;
+        const { state, gva } = thread;
+        const waitReason = booted.waitReasonOf(thread);
         const isCurrent = vcpus.some((each) => processor(each).currentThread === gva);
         if (state !== State.ready || isCurrent) continue;
         if (waitReason !== WaitReason.quantumEnd && waitReason !== WaitReason.dispatchInterrupt) continue;
@@ -122,10 +125,8 @@ describe('preemption', () => {
 
 describe('threads', () => {
   it.each([1, 2, 4])('are in the lists that NT keeps them in, with %i vCPUs', (vcpuCount) => {
-    const { guest, kernel, vcpus, processor, all, offset, list } = bootedGuest({
-      vcpus: vcpuCount,
-      seed: 72,
-    });
+    const booted = bootedGuest({ vcpus: vcpuCount, seed: 72 });
+    const { guest, kernel, vcpus, processor, all, offset, list, waitReasonOf, directoryTable } = booted;
     const seen = new Set<number>();
     for (let round = 0; round < 40; round++) {
       guest.round(700);
@@ -149,15 +150,16 @@ describe('threads', () => {
         expect(ready.delete(entry)).toBe(thread.state === State.ready);
         expect(waiting.delete(entry)).toBe(thread.state === State.waiting);
         expect(current.has(thread.gva)).toBe(thread.state === State.running);
-        if (thread.state === State.waiting) expect(thread.waitReason).toBe(WaitReason.delayExecution);
+        if (thread.state === State.waiting) expect(waitReasonOf(thread)).toBe(WaitReason.delayExecution);
       }
       expect([ready.size, waiting.size]).toEqual([0, 0]);
     }
     expect([...seen].sort()).toEqual([State.ready, State.running, State.waiting]);
 
     const [system, user] = [...processes(kernel)];
-    expect(system).toMatchObject({ name: 'System', pid: 4n, pageTable: guest.loaded.directoryTable });
-    expect(user!.pageTable).not.toBe(guest.loaded.directoryTable);
+    expect(system).toMatchObject({ name: 'System', pid: 4n });
+    expect(directoryTable(system!)).toBe(guest.loaded.directoryTable);
+    expect(directoryTable(user!)).not.toBe(guest.loaded.directoryTable);
     expect(guest.readU64(guest.symbol('PsInitialSystemProcess'))).toBe(system!.gva);
     // Two workers a processor, the checker, the look-alikes; and the one in user mode.
     expect([...threads(kernel, system!)].length).toBe(2 * vcpuCount + 2);

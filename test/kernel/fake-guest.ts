@@ -35,6 +35,7 @@ const OFFSETS: Record<string, Record<string, number>> = {
     KernelStack: 0x58,
     TrapFrame: 0x90,
     State: 0x184,
+    WaitMode: 0x187,
     Process: 0x220,
     WaitReason: 0x283,
     ThreadListEntry: 0x2f8,
@@ -51,6 +52,8 @@ const OFFSETS: Record<string, Record<string, number>> = {
     IsrStack: 0x80c0,
   },
 };
+
+const SMALL_FIELDS: ReadonlySet<string> = new Set(['State', 'WaitMode', 'WaitReason']);
 
 const SYMBOLS: Record<string, number> = {
   KiSystemCall64: 0x1080,
@@ -217,10 +220,10 @@ export class FakeGuest implements Hypervisor {
     return Buffer.from(this.readPhysical(this.translate(this.kernelRoot, gva)!, 8)).readBigUInt64LE();
   }
 
-  /** Writes a field of a structure; 1 byte for the two small ones, 8 for the others. */
+  /** Writes a field of a structure; 1 byte for the small ones, 8 for the others. */
   set(gva: Gva, type: string, field: string, value: bigint): void {
     const at = gva + this.offset(type, field);
-    if (field === 'State' || field === 'WaitReason') this.write(at, Buffer.from([Number(value)]));
+    if (SMALL_FIELDS.has(field)) this.write(at, Buffer.from([Number(value)]));
     else this.write64(at, value);
   }
 

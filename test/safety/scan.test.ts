@@ -1,8 +1,10 @@
 import { describe, expect, it } from 'vitest';
+import { MemtablesError } from '../../src/errors.js';
 import { discoverKernel } from '../../src/nt/kernel.js';
+import { parseProfile } from '../../src/nt/profile.js';
 import { type LiveRange, scanGuest } from '../../src/safety/scan.js';
-import type { Gva } from '../../src/vmi/address.js';
-import { FakeGuest, profile, State } from '../kernel/fake-guest.js';
+import { type Gva, PAGE_SIZE } from '../../src/vmi/address.js';
+import { FakeGuest, type FakeThread, profile, profileText, State } from '../kernel/fake-guest.js';
 
 /** Offsets in KTRAP_FRAME, and its size. */
 const TRAP_RIP = 0x168n;
@@ -156,11 +158,102 @@ describe('a thread that does not run', () => {
     expect(scan().verdict).toBe('unsettled');
   });
 
-  it('gives no verdict when it saved a stack pointer outside its stack', () => {
-    const { guest, scan, process } = setUp();
+  it('is unsettled when it saved a stack pointer outside its stack, and hides no other thread', () => {
+    const { guest, inside, scan, process } = setUp();
     const thread = guest.addThread(process);
     guest.set(thread.gva, '_KTHREAD', 'KernelStack', thread.base + 0x1000n);
-    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('saved a stack pointer outside its stack')],
+    });
+    guest.write64(guest.addThread(process).base - 0x100n, inside);
+    expect(scan()).toMatchObject({ verdict: 'blocked', unsettled: [expect.anything()] });
+  });
+});
+
+describe('a thread that waits in user mode', () => {
+  const WAITS_IN_USER_MODE = 1n;
+  const Transition = 6n;
+  const swappable = ({ guest, process }: ReturnType<typeof setUp>) => {
+    const thread = guest.addThread(process, { depth: 0x3000n });
+    guest.set(thread.gva, '_KTHREAD', 'WaitMode', WAITS_IN_USER_MODE);
+    return thread;
+  };
+  const swapOut = (guest: FakeGuest, { limit, base }: FakeThread) => {
+    for (let page = limit; page < base; page += BigInt(PAGE_SIZE)) guest.unmap(page);
+  };
+  const stackIsMissing = [expect.stringMatching(/work\.exe \(8\)(:| is not in memory)/)];
+
+  it('is safe though its whole stack is paged out', () => {
+    const all = setUp();
+    swapOut(all.guest, swappable(all));
+    expect(all.scan()).toMatchObject({ verdict: 'safe', unsettled: [] });
+  });
+
+  it('is safe though its stack was expanded and an earlier one is paged out', () => {
+    const all = setUp();
+    const first = swappable(all);
+    all.guest.expandStack(first, 0x1000n);
+    swapOut(all.guest, first);
+    expect(all.scan()).toMatchObject({ verdict: 'safe', unsettled: [] });
+  });
+
+  it('blocks for what is in memory of its stack, on both sides of a page that is not', () => {
+    const all = setUp();
+    const { base } = swappable(all);
+    all.guest.write64(base - 0x3000n, all.inside);
+    all.guest.write64(base - 0x800n, all.inside);
+    all.guest.unmap(base - 0x2000n);
+    expect(all.scan()).toMatchObject({
+      verdict: 'blocked',
+      findings: [{ where: base - 0x3000n }, { where: base - 0x800n }],
+      unsettled: [],
+    });
+  });
+
+  it.each([
+    ['it waits in kernel mode', 'WaitMode', 0n],
+    ['it is ready', 'State', BigInt(State.Ready)],
+    ['its wait is over and its stack on the way back', 'State', Transition],
+  ] as const)('is unsettled with a stack that is paged out when %s', (_, field, value) => {
+    const all = setUp();
+    const thread = swappable(all);
+    all.guest.set(thread.gva, '_KTHREAD', field, value);
+    swapOut(all.guest, thread);
+    expect(all.scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: expect.arrayContaining(stackIsMissing),
+    });
+  });
+
+  it('is unsettled with a stack that is paged out when a vCPU still runs it', () => {
+    const all = setUp();
+    const thread = swappable(all);
+    all.guest.run(0, thread, 0x3000n);
+    all.guest.set(thread.gva, '_KTHREAD', 'State', BigInt(State.Waiting));
+    all.guest.unmap(thread.base - 0x2000n);
+    expect(all.scan()).toMatchObject({ verdict: 'unsettled', unsettled: stackIsMissing });
+  });
+
+  it('is unsettled when the earlier stacks of a thread that waits in kernel mode cannot be found', () => {
+    const all = setUp();
+    const thread = swappable(all);
+    all.guest.set(thread.gva, '_KTHREAD', 'WaitMode', 0n);
+    all.guest.set(thread.gva, '_KTHREAD', 'InitialStack', 0xffff_ae77_0000_0000n);
+    expect(all.scan()).toMatchObject({ verdict: 'unsettled', unsettled: stackIsMissing });
+  });
+
+  it('is unsettled with a stack that is paged out when the profile does not say how it waits', () => {
+    const all = setUp();
+    const text = profileText((isf) => {
+      delete isf.user_types._KTHREAD!.fields.WaitMode;
+    });
+    swapOut(all.guest, swappable(all));
+    const kernel = discoverKernel(all.guest, parseProfile(text, 'test'));
+    expect(scanGuest(all.guest, kernel, [all.handler])).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: expect.arrayContaining(stackIsMissing),
+    });
   });
 });
 
@@ -261,21 +354,27 @@ describe('a thread whose stack was expanded', () => {
     expect(scan().findings).toHaveLength(1);
   });
 
-  it('gives no verdict when its stacks lead in a circle', () => {
+  it('is unsettled when its stacks lead in a circle', () => {
     const { guest, scan, process } = setUp();
     const first = guest.addThread(process);
     const second = guest.expandStack(first, 0x1000n);
     const previous = guest.initialStack(second) + guest.offset('_KSTACK_CONTROL', 'Previous');
     guest.set(previous, '_KERNEL_STACK_SEGMENT', 'InitialStack', guest.initialStack(second));
-    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('more than 256 stacks')],
+    });
   });
 
-  it('gives no verdict when an earlier stack cannot be one', () => {
+  it('is unsettled when an earlier stack cannot be one', () => {
     const { guest, scan, process } = setUp();
     const second = guest.expandStack(guest.addThread(process), 0x1000n);
     const previous = guest.initialStack(second) + guest.offset('_KSTACK_CONTROL', 'Previous');
     guest.set(previous, '_KERNEL_STACK_SEGMENT', 'StackLimit', 0x1000n);
-    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('no possible stack')],
+    });
   });
 });
 
@@ -432,19 +531,199 @@ describe('a vCPU that cannot be judged', () => {
     Object.assign(guest.vcpus[1]!, { efer: 0n, cr3: 0n, gsBase: 0n, trBase: 0n });
     expect(scan()).toMatchObject({ verdict: 'safe', scannedThreads: 1 });
   });
+});
 
-  it('gives no verdict when a list is broken', () => {
+describe('a vCPU that was paused in the middle of a change', () => {
+  const settled = { verdict: 'safe', unsettled: [] };
+
+  it('leaves the scan unsettled when a process was half unlinked, until the list is whole again', () => {
     const { guest, scan, process } = setUp();
-    const links = guest.offset('_EPROCESS', 'ActiveProcessLinks');
-    guest.write64(process + links, process + links);
-    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+    const [links, head] = [
+      guest.offset('_EPROCESS', 'ActiveProcessLinks'),
+      guest.symbol('PsActiveProcessHead'),
+    ];
+    const previous = guest.system + links;
+    guest.write64(previous, head);
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('the list of processes is broken')],
+    });
+    guest.write64(previous, process + links);
+    expect(scan()).toMatchObject(settled);
+    guest.write64(previous, head);
+    guest.write64(head + 8n, previous);
+    expect(scan()).toMatchObject(settled);
   });
 
-  it('gives no verdict when the thread list of a process is broken', () => {
+  it('leaves the scan unsettled when a thread is half in its list, until it is in', () => {
+    const { guest, scan, process } = setUp();
+    const links = guest.offset('_ETHREAD', 'ThreadListEntry');
+    const entry = guest.addThread(process).gva + links;
+    const next = guest.read64(entry);
+    guest.write64(entry, 0n);
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('a link of the list of threads of process 8')],
+    });
+    guest.write64(entry, next);
+    expect(scan()).toMatchObject(settled);
+  });
+
+  it('leaves the scan unsettled when a link leads to memory that is not there, and says of which list', () => {
     const { guest, scan, process } = setUp();
     const thread = guest.addThread(process);
-    guest.write64(thread.gva + guest.offset('_ETHREAD', 'ThreadListEntry'), 0n);
-    expect(scan).toThrow(expect.objectContaining({ code: 'GUEST_STRUCTURE_INVALID' }));
+    guest.write64(thread.gva + guest.offset('_ETHREAD', 'ThreadListEntry'), 0xffff_ae77_0000_0000n);
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: ['the threads of process work.exe (8): no memory is mapped at 0xffffae7700000000'],
+    });
+  });
+
+  it.each(['CurrentThread', 'IdleThread', 'DpcStack'])(
+    'leaves the scan unsettled when %s of its processor is none',
+    (field) => {
+      const { guest, scan } = setUp(2);
+      guest.set(guest.processors[1]!.kpcr + 0x180n, '_KPRCB', field, 0x1000n);
+      expect(scan()).toMatchObject({
+        verdict: 'unsettled',
+        unsettled: [expect.stringContaining('of vCPU 1')],
+      });
+    },
+  );
+
+  it('leaves the scan unsettled when its current thread has no stack yet', () => {
+    const { guest, scan, process } = setUp();
+    const thread = guest.addThread(process);
+    guest.run(0, thread);
+    guest.set(thread.gva, '_KTHREAD', 'StackBase', 0n);
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: [expect.stringContaining('no possible stack')],
+    });
+  });
+
+  it('hides nothing that can still be found: other lists, other processors, RIPs', () => {
+    const { guest, inside, scan, process } = setUp(2);
+    const listed = guest.addThread(process);
+    guest.write64(listed.base - 0x100n, inside);
+    const broken = guest.addThread(guest.system).gva;
+    guest.write64(broken + guest.offset('_ETHREAD', 'ThreadListEntry'), 0n);
+    const last = guest.addProcess('last.exe', 12n) + guest.offset('_EPROCESS', 'ActiveProcessLinks');
+    guest.write64(last, last);
+    guest.set(guest.processors[0]!.kpcr + 0x180n, '_KPRCB', 'CurrentThread', 0n);
+    guest.vcpus[0]!.rip = inside;
+    guest.write64(guest.processors[1]!.idle.base - 0x180n, inside);
+    const { verdict, findings, unsettled } = scan();
+    expect(verdict).toBe('blocked');
+    expect(findings).toMatchObject([
+      { kind: 'vcpu-rip', vcpu: 0 },
+      { kind: 'thread-stack', vcpu: 1 },
+      { kind: 'thread-stack', thread: { gva: listed.gva } },
+    ]);
+    expect(unsettled).toHaveLength(3);
+  });
+});
+
+describe('a hypervisor that fails', () => {
+  it.each(['registers', 'readPhysical', 'translate'] as const)(
+    'ends the scan, instead of leaving it unsettled: %s',
+    (call) => {
+      const { guest, handler } = setUp();
+      const kernel = discoverKernel(guest, profile);
+      guest[call] = () => {
+        throw new MemtablesError('HYPERVISOR_FAILED', 'it fails', { remedy: 'None.' });
+      };
+      expect(() => scanGuest(guest, kernel, [handler])).toThrow(
+        expect.objectContaining({ code: 'HYPERVISOR_FAILED' }),
+      );
+    },
+  );
+});
+
+describe('a guest that wants to keep the scan busy', () => {
+  const shareStack = (guest: FakeGuest, thread: FakeThread, { limit, base }: FakeThread, control: Gva) => {
+    guest.set(thread.gva, '_KTHREAD', 'StackLimit', limit);
+    guest.set(thread.gva, '_KTHREAD', 'StackBase', base);
+    guest.set(thread.gva, '_KTHREAD', 'KernelStack', limit);
+    guest.set(thread.gva, '_KTHREAD', 'InitialStack', control);
+  };
+
+  it('is unsettled when its threads share a stack of 128 KB, and its RIPs are looked at all the same', () => {
+    const { guest, inside, scan, process } = setUp();
+    const shared = guest.addThread(process, { stackBytes: 0x2_0000 });
+    for (let count = 0; count < 2100; count++) {
+      const thread = guest.addThread(process, { stackBytes: PAGE_SIZE });
+      shareStack(guest, thread, shared, guest.initialStack(shared));
+    }
+    const { verdict, unsettled, scannedBytes } = scan();
+    expect({ verdict, unsettled }).toEqual({
+      verdict: 'unsettled',
+      unsettled: ['the guest has more than 268435456 bytes of stacks'],
+    });
+    expect(scannedBytes).toBeLessThanOrEqual(0x1000_0000 + 0x2_0000);
+    guest.vcpus[0]!.rip = inside;
+    expect(scan().verdict).toBe('blocked');
+  });
+
+  it('is unsettled when its threads share a chain of earlier stacks', () => {
+    const { guest, scan, process } = setUp();
+    const shared = guest.addThread(process);
+    const chain = guest.allocate(0x3000);
+    const control = (index: number) => chain + BigInt(index * 0x30);
+    for (let index = 0; index < 250; index++) {
+      const previous = control(index) + guest.offset('_KSTACK_CONTROL', 'Previous');
+      guest.set(previous, '_KERNEL_STACK_SEGMENT', 'StackBase', shared.base);
+      guest.set(previous, '_KERNEL_STACK_SEGMENT', 'InitialStack', control(index + 1));
+    }
+    for (let count = 0; count < 300; count++) {
+      const thread = guest.addThread(process, { stackBytes: PAGE_SIZE });
+      shareStack(guest, thread, { ...shared, limit: shared.base - 0x100n }, control(0));
+    }
+    expect(scan()).toMatchObject({
+      verdict: 'unsettled',
+      unsettled: ['the guest has more than 65536 earlier stacks'],
+    });
+  });
+
+  it('is unsettled when all its processes together have more than 65,536 threads', () => {
+    const { guest, scan } = setUp();
+    // Only the fields that are read; three of them to a page.
+    const [stride, perPage, perProcess] = [0x540n, 3, 21_846];
+    const links = guest.offset('_ETHREAD', 'ThreadListEntry');
+    for (const pid of [12n, 16n, 20n]) {
+      const process = guest.addProcess('many.exe', pid);
+      const head = process + guest.offset('_EPROCESS', 'ThreadListHead');
+      const memory = guest.allocate((perProcess / perPage) * PAGE_SIZE);
+      const thread = (index: number) =>
+        memory + BigInt(Math.floor(index / perPage) * PAGE_SIZE) + BigInt(index % perPage) * stride;
+      const entry = (index: number) => (index < 0 || index === perProcess ? head : thread(index) + links);
+      for (let first = 0; first < perProcess; first += perPage) {
+        const page = Buffer.alloc(PAGE_SIZE);
+        for (let index = first; index < first + perPage; index++) {
+          const at = Number(thread(index) - thread(first));
+          page.writeBigUInt64LE(process, at + Number(guest.offset('_KTHREAD', 'Process')));
+          page.writeUInt8(State.Terminated, at + Number(guest.offset('_KTHREAD', 'State')));
+          page.writeBigUInt64LE(entry(index + 1), at + Number(links));
+          page.writeBigUInt64LE(entry(index - 1), at + Number(links) + 8);
+        }
+        guest.write(thread(first), page);
+      }
+      guest.write64(head, entry(0));
+      guest.write64(head + 8n, entry(perProcess - 1));
+      expect(scan()).toMatchObject(
+        pid === 20n
+          ? { verdict: 'unsettled', unsettled: ['the guest has more than 65536 threads'] }
+          : { verdict: 'safe' },
+      );
+    }
+  });
+
+  it('is told why it is unsettled a thousand times, no more', () => {
+    const { guest, scan, process } = setUp();
+    for (let count = 0; count < 1001; count++) guest.addThread(process, { state: State.Running });
+    const { verdict, unsettled } = scan();
+    expect(verdict).toBe('unsettled');
+    expect(unsettled).toHaveLength(1000);
   });
 });
 
