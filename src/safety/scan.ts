@@ -23,12 +23,12 @@ export type { LiveRange } from './ranges.js';
 /** A hostile guest can fill its stacks with pointers; one is enough to block. */
 const MAX_REPORTED = 1000;
 /**
- * How much is looked at while the guest stands still. A busy Windows server has some ten thousand threads; a thread
- * that waits has a few KB alive, 4 KB for each of the most threads make 256 MB, and few have an earlier stack at all.
- * Without these bounds a hostile guest could share one stack of 128 KB among all its threads, 256 times each.
+ * How much is looked at while the guest stands still. A busy Windows server has some ten thousand threads, of which
+ * those that wait have a few KB alive each: 4 KB for each of the most threads make 256 MB. Few have an earlier stack.
+ * A hostile guest could share one stack of 128 KB among all its threads, 256 times each.
  */
 const MAX_THREADS = 0x1_0000;
-const MAX_STACK_BYTES = 0x1000_0000;
+const MAX_SCANNED_BYTES = 0x1000_0000;
 const MAX_EARLIER_STACKS = 0x1_0000;
 
 /** What a list or structure looks like in the middle of a change. */
@@ -143,8 +143,8 @@ class Scan {
 
   /** To be asked before anything more is looked at. */
   private isTooMuch(): boolean {
-    if (this.scannedBytes >= MAX_STACK_BYTES) {
-      this.doubt(`the guest has more than ${MAX_STACK_BYTES} bytes of stacks`);
+    if (this.scannedBytes >= MAX_SCANNED_BYTES) {
+      this.doubt(`the guest has more than ${MAX_SCANNED_BYTES} bytes of stacks`);
       return true;
     }
     if (this.earlierStacks >= MAX_EARLIER_STACKS) {
