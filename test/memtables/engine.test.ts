@@ -367,7 +367,7 @@ describe('whatever call fails', () => {
     const callsBefore = failing.log.length;
     engine.hook(name);
     const calls = failing.log.length - callsBefore;
-    expect(calls).toBeGreaterThan(100);
+    expect(calls).toBeGreaterThan(70);
     engine.unload();
     expect(guest.image()).toBe(before);
     // The scan in the middle makes hundreds of reads: not each of them is tried. The changes come last.
