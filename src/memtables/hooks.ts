@@ -12,6 +12,7 @@ import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { symbolOfHook } from './hook-name.js';
+import { describeObstacles } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import { interiorOf, type Redirection, type Redirections } from './redirections.js';
 
@@ -50,28 +51,34 @@ export class Hooks {
    */
   place(name: string): Redirection {
     const target = this.#locate(name);
+    let inTheWay: readonly string[] = [];
     for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
       const hook = whileQuiescent(this.hypervisor, () => this.#attempt(name, target));
-      if (hook !== undefined) return hook;
+      if ('code' in hook) return hook;
+      inTheWay = hook;
       letGuestRun(this.hypervisor, PAUSE_MS);
     }
-    throw refused(name, 'in-use', 'Try again: threads kept standing in its first instructions.');
+    throw refused(name, 'in-use', 'Try again, when the guest is less busy there.', inTheWay);
   }
 
-  /** `undefined` when a thread stands in the bytes that would be replaced. */
-  #attempt(name: string, target: HookedFunction): Redirection | undefined {
+  /** The hook, or what stands in the way now. */
+  #attempt(name: string, target: HookedFunction): Redirection | readonly string[] {
     const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
-    let plan: DetourPlan | undefined;
+    let plan: DetourPlan | readonly string[] = [];
     try {
       plan = this.#plan(name, target, slack);
     } finally {
-      if (plan === undefined) this.slack.free(slack);
+      if (!('entry' in plan)) this.slack.free(slack);
     }
-    if (plan === undefined) return undefined;
+    if (!('entry' in plan)) return plan;
     return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
   }
 
-  #plan(name: string, { gva, length, others }: HookedFunction, slack: SlackBlock): DetourPlan | undefined {
+  #plan(
+    name: string,
+    { gva, length, others }: HookedFunction,
+    slack: SlackBlock,
+  ): DetourPlan | readonly string[] {
     const code = { gva, bytes: this.#read(name, gva, length), imageBase: this.kernel.base };
     const branchTargets = others.flatMap((part) => this.#targetsOf(name, part));
     const plan = planDetour({ ...code, branchTargets }, slack.gva);
@@ -83,7 +90,9 @@ export class Hooks {
     const interior = interiorOf(gva, replaced, name);
     const { findings, unsettled } = scanGuest(this.hypervisor, this.kernel, [interior]);
     // The replaced bytes hold no call, so that nothing but a RIP leads into them.
-    return unsettled.length > 0 || findings.some(({ isRip }) => isRip) ? undefined : plan;
+    const obstacles = { findings: findings.filter(({ isRip }) => isRip), unsettled };
+    const inTheWay = describeObstacles(obstacles);
+    return inTheWay.length > 0 ? inTheWay : plan;
   }
 
   /** Where a part of the function that was moved away jumps to. */
@@ -140,9 +149,9 @@ export class Hooks {
   }
 }
 
-function refused(name: string, reason: string, remedy: string): MemtablesError {
+function refused(name: string, reason: string, remedy: string, inTheWay?: readonly string[]): MemtablesError {
   return new MemtablesError('HOOK_REFUSED', `${name} cannot be hooked: ${reason}`, {
     remedy,
-    context: { function: name, reason },
+    context: { function: name, reason, ...(inTheWay && { inTheWay }) },
   });
 }

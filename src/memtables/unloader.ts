@@ -1,9 +1,9 @@
 import { MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
-import { type Finding, type ScanResult, scanGuest } from '../safety/scan.js';
-import { hex } from '../vmi/address.js';
+import { scanGuest } from '../safety/scan.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
+import { describeObstacles, type Obstacles } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import type { Redirections } from './redirections.js';
 import type { UnloadReport } from './report.js';
@@ -17,8 +17,6 @@ const LONGEST_PAUSE_MS = 200;
  * something that reads the image, and may stay there for as long as its thread waits.
  */
 const LEFT_OVER_AFTER_MS = 1000;
-/** How many places a message names. */
-const MAX_PLACES = 5;
 
 /** Takes redirections out of the guest, once no live RIP and no stack leads into what goes away. */
 export class Unloader {
@@ -116,18 +114,4 @@ export class Unloader {
     for (const redirection of this.redirections.all()) this.redirections.remove(redirection);
     return undefined;
   }
-}
-
-type Obstacles = Pick<ScanResult, 'findings' | 'unsettled'>;
-
-function describeObstacles({ findings, unsettled }: Obstacles): string[] {
-  const places = [...findings.map(describeFinding), ...unsettled];
-  const more = places.length - MAX_PLACES;
-  return more > 0 ? [...places.slice(0, MAX_PLACES), `and ${more} more`] : places;
-}
-
-function describeFinding({ kind, value, range, vcpu, thread }: Finding): string {
-  const holder =
-    vcpu === undefined ? `thread ${thread === undefined ? '?' : hex(thread.gva)}` : `vCPU ${vcpu}`;
-  return `${hex(value)} (${range.owner}) in the ${kind.replace('-', ' ')} of ${holder}`;
 }

@@ -361,8 +361,11 @@ describe('whatever call fails', () => {
     const before = guest.image();
     const failing = failingHypervisor(guest.hypervisor);
     const { engine, journal } = guest.attach({ hypervisor: failing.hypervisor });
-    // Nothing calls it, and the guest stands still: each attempt makes the same calls.
     const name = 'nt!RtlGetVersion';
+    engine.hook(name);
+    engine.unload();
+    // Nothing calls it, and from here on the guest stands still, where it could be hooked: each attempt makes the same
+    // calls.
     guest.hypervisor.advance = () => [];
     const callsBefore = failing.log.length;
     engine.hook(name);
