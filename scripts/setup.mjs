@@ -98,10 +98,9 @@ function checkMachine() {
 }
 
 function installPackages() {
-  // Not `npm ci`: it refuses a lock file that lists optional packages for this platform only.
   run(
     'npm',
-    ['install', '--no-save', '--no-audit', '--no-fund', '--ignore-scripts'],
+    ['ci', '--no-audit', '--no-fund', '--ignore-scripts'],
     'check that the npm registry can be reached (npm ping; behind a proxy: npm config set proxy URL)',
   );
 }
