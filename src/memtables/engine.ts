@@ -77,6 +77,10 @@ export class Engine {
     return this.#loaded;
   }
 
+  get hasWork(): boolean {
+    return this.#monitor.hasWork;
+  }
+
   /** Whether hot table loads are relocated; they are counted in any case. */
   set relocating(enabled: boolean) {
     this.#monitor.relocating = enabled;
