@@ -3,6 +3,7 @@ import {
   closeSync,
   constants,
   existsSync,
+  ftruncateSync,
   openSync,
   readFileSync,
   rmSync,
@@ -25,13 +26,14 @@ export interface JournalledWrite {
 /** A change that a journal says was never undone. */
 export interface LeftChange {
   readonly gpa: Gpa;
-  readonly after: Uint8Array;
+  readonly before: Uint8Array;
 }
 
 /** What ties a journal to one boot of one guest. */
 export interface JournalIdentity {
   readonly guest: string;
   readonly kernelBase: bigint;
+  /** Which build of the kernel it is. */
   readonly pdb: string;
 }
 
@@ -42,6 +44,8 @@ export interface JournalIdentity {
 export class Journal {
   readonly #path: string;
   readonly #fd: number;
+  /** Bytes of whole lines. */
+  #size = 0;
   #nextId = 1;
   readonly #open = new Set<number>();
 
@@ -64,40 +68,33 @@ export class Journal {
   /**
    * Creates the file at `path`.
    *
-   * A journal that is there already was left by a run that did not undo its changes. It is replaced when none of
-   * them is in the guest any more, as after a restart of it. A file that is something else is left alone.
+   * A journal that is there already was left by a run that did not undo its changes. It is replaced when the guest
+   * has been restarted since, or when each of them has been undone. A file that is something else is left alone.
    *
-   * @param isInGuest whether these bytes are in the guest now
+   * @param isUndone whether the bytes of before a change are in the guest now
    * @throws MemtablesError `JOURNAL_FAILED` when an earlier run's changes are still in the guest, when the file is no
    *   journal or that of another guest, or when it cannot be written
    */
-  static create(
-    path: string,
-    identity: JournalIdentity,
-    isInGuest: (change: LeftChange) => boolean,
-  ): Journal {
+  static create(path: string, identity: JournalIdentity, isUndone: (change: LeftChange) => boolean): Journal {
     if (existsSync(path)) {
-      const left = readJournalOf(identity.guest, path).filter(isInGuest);
-      if (left.length > 0) {
-        throw new MemtablesError(
-          'JOURNAL_FAILED',
-          `an earlier run's changes are still in the guest: ${path}`,
-          {
-            remedy: 'Restart the guest, or put the bytes back that the journal lists; then attach again.',
-            context: { path, changes: left.length, firstGpa: left[0]!.gpa },
-          },
-        );
-      }
+      const earlier = readJournalOf(identity.guest, path);
+      const left = isOfThisBoot(earlier, identity) ? earlier.left.filter((change) => !isUndone(change)) : [];
+      if (left.length > 0) throw stillInGuest(path, left);
       guarded(path, () => rmSync(path));
     }
     const journal = guarded(path, () => new Journal(path, openSync(path, 'wx', 0o600)));
-    journal.#write({
-      type: 'journal',
-      version: 1,
-      guest: identity.guest,
-      kernelBase: hex(identity.kernelBase),
-      pdb: identity.pdb,
-    });
+    try {
+      journal.#write({
+        type: 'journal',
+        version: 1,
+        guest: identity.guest,
+        kernelBase: hex(identity.kernelBase),
+        pdb: identity.pdb,
+      });
+    } catch (error) {
+      journal.#abandon();
+      throw error;
+    }
     return journal;
   }
 
@@ -134,15 +131,44 @@ export class Journal {
     return this.#open.size;
   }
 
-  /** Ends the journal; the file stays where changes are still in the guest. */
+  /**
+   * Ends the journal; the file stays where changes are still in the guest.
+   *
+   * @throws MemtablesError `JOURNAL_FAILED`
+   */
   close(): void {
-    closeSync(this.#fd);
-    if (this.#open.size === 0) rmSync(this.#path, { force: true });
+    guarded(this.#path, () => {
+      closeSync(this.#fd);
+      if (this.#open.size === 0) rmSync(this.#path, { force: true });
+    });
   }
 
+  #abandon(): void {
+    try {
+      this.close();
+    } catch {
+      // A journal without a line is replaced by the next run.
+    }
+  }
+
+  /**
+   * Appends the whole line, or nothing of it. No fsync: the file has to outlive this process; a crash of the machine
+   * takes the guest along.
+   */
   #write(line: Record<string, unknown>): void {
-    // No fsync: the file has to outlive this process; a crash of the machine takes the guest along.
-    guarded(this.#path, () => writeSync(this.#fd, `${JSON.stringify(line)}\n`));
+    const bytes = Buffer.from(`${JSON.stringify(line)}\n`);
+    guarded(this.#path, () => {
+      try {
+        // A disk that is nearly full takes the beginning, and says so at the next attempt only.
+        for (let done = 0; done < bytes.length; ) {
+          done += writeSync(this.#fd, bytes, done, bytes.length - done, this.#size + done);
+        }
+      } catch (error) {
+        ftruncateSync(this.#fd, this.#size);
+        throw error;
+      }
+    });
+    this.#size += bytes.length;
   }
 }
 
@@ -151,18 +177,24 @@ const HEADER_START = '{"type":"journal","version":1,';
 const HEX_ADDRESS = /^0x[0-9a-f]{1,16}$/;
 const HEX_BYTES = /^([0-9a-f]{2})+$/;
 
+interface EarlierJournal {
+  /** `undefined` where the run was killed before it had written that. */
+  readonly identity: JournalIdentity | undefined;
+  /** The changes that were not undone. */
+  readonly left: readonly LeftChange[];
+}
+
 /**
- * Whose a journal is, and its changes that were not undone. Its last line may be cut short: what it announced was not
- * done.
+ * Reads a journal. Its last line may be cut short: what it announced was not done.
  *
  * @throws MemtablesError `JOURNAL_FAILED` when the file is no journal; it is left alone then
  */
-function readJournal(path: string): { readonly guest?: string; readonly left: readonly LeftChange[] } {
+function readJournal(path: string): EarlierJournal {
   // A device may have no end.
   if (!guarded(path, () => statSync(path)).isFile()) throw notAJournal(path, 1);
   const text = guarded(path, () => readFileSync(path, 'utf8'));
   if (!text.startsWith(HEADER_START.slice(0, text.length))) throw notAJournal(path, 1);
-  let guest: string | undefined;
+  let identity: JournalIdentity | undefined;
   const left = new Map<number, LeftChange>();
   const lines = text.split('\n').slice(0, -1);
   lines.forEach((line, index) => {
@@ -170,27 +202,32 @@ function readJournal(path: string): { readonly guest?: string; readonly left: re
     if (entry?.type === 'write') left.set(entry.id, entry);
     else if (entry?.type === 'undone') left.delete(entry.id);
     else if (entry === undefined || index > 0) throw notAJournal(path, index + 1);
-    else guest = entry.guest;
+    else identity = entry;
   });
-  return { ...(guest === undefined ? {} : { guest }), left: [...left.values()] };
+  return { identity, left: [...left.values()] };
 }
 
-/**
- * The changes that were not undone.
- *
- * @throws MemtablesError `JOURNAL_FAILED` when the file is no journal, or that of another guest
- */
-function readJournalOf(guest: string, path: string): readonly LeftChange[] {
+/** @throws MemtablesError `JOURNAL_FAILED` when the file is no journal, or that of another guest */
+function readJournalOf(guest: string, path: string): EarlierJournal {
   const earlier = readJournal(path);
-  if (earlier.guest === undefined || earlier.guest === guest) return earlier.left;
-  throw new MemtablesError('JOURNAL_FAILED', `${path} is the journal of the guest ${earlier.guest}`, {
-    remedy: 'Choose another place for the journal (--journal PATH); that guest may be in use.',
-    context: { path, guest },
-  });
+  if (earlier.identity === undefined || earlier.identity.guest === guest) return earlier;
+  throw new MemtablesError(
+    'JOURNAL_FAILED',
+    `${path} is the journal of the guest ${earlier.identity.guest}`,
+    {
+      remedy: 'Choose another place for the journal (--journal PATH); that guest may be in use.',
+      context: { path, guest },
+    },
+  );
+}
+
+/** A restart moves the kernel, though now and then to where it was: what is in memory then decides. */
+function isOfThisBoot({ identity }: EarlierJournal, { kernelBase, pdb }: JournalIdentity): boolean {
+  return identity === undefined || (identity.kernelBase === kernelBase && identity.pdb === pdb);
 }
 
 type Entry =
-  | { readonly type: 'journal'; readonly guest: string }
+  | ({ readonly type: 'journal' } & JournalIdentity)
   | ({ readonly type: 'write'; readonly id: number } & LeftChange)
   | { readonly type: 'undone'; readonly id: number };
 
@@ -201,13 +238,29 @@ function parseLine(line: string): Entry | undefined {
   } catch {
     return undefined;
   }
-  const { type, guest, id, gpa, after } = entry;
-  if (type === 'journal') return typeof guest === 'string' ? { type, guest } : undefined;
+  const { type, guest, kernelBase, pdb, id, gpa, before } = entry;
+  if (type === 'journal') {
+    if (typeof guest !== 'string' || !isHex(kernelBase, HEX_ADDRESS) || typeof pdb !== 'string')
+      return undefined;
+    return { type, guest, kernelBase: BigInt(kernelBase), pdb };
+  }
   if (typeof id !== 'number') return undefined;
   if (type === 'undone') return { type, id };
-  if (type !== 'write' || typeof gpa !== 'string' || typeof after !== 'string') return undefined;
-  if (!HEX_ADDRESS.test(gpa) || !HEX_BYTES.test(after)) return undefined;
-  return { type, id, gpa: BigInt(gpa), after: Buffer.from(after, 'hex') };
+  if (type !== 'write' || !isHex(gpa, HEX_ADDRESS) || !isHex(before, HEX_BYTES)) return undefined;
+  return { type, id, gpa: BigInt(gpa), before: Buffer.from(before, 'hex') };
+}
+
+function isHex(value: unknown, pattern: RegExp): value is string {
+  return typeof value === 'string' && pattern.test(value);
+}
+
+function stillInGuest(path: string, left: readonly LeftChange[]): MemtablesError {
+  return new MemtablesError('JOURNAL_FAILED', `an earlier run's changes are still in the guest: ${path}`, {
+    remedy:
+      'Restart the guest, or put the bytes back that the journal lists; then attach again. If it has been ' +
+      'restarted since, remove the journal.',
+    context: { path, changes: left.length, firstGpa: left[0]!.gpa },
+  });
 }
 
 function notAJournal(path: string, line: number): MemtablesError {

@@ -4,14 +4,25 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { Journal, type LeftChange } from '../../src/journal/journal.js';
 
-const disk = vi.hoisted(() => ({ full: false }));
+/** A disk with so many free bytes: a write takes what fits, as the system's does, and fails where nothing does. */
+const disk = vi.hoisted(() => ({ free: Number.POSITIVE_INFINITY, stuck: false }));
 vi.mock('node:fs', async (original) => {
   const fs = await original<typeof import('node:fs')>();
-  const writeSync = (fd: number, text: string) => {
-    if (disk.full) throw new Error('ENOSPC: no space left on device');
-    return fs.writeSync(fd, text);
+  const writeSync = (fd: number, bytes: Buffer, offset: number, length: number, position: number) => {
+    const size = Math.min(length, disk.free);
+    if (size === 0) throw new Error('ENOSPC: no space left on device');
+    disk.free -= size;
+    return fs.writeSync(fd, bytes, offset, size, position);
   };
-  return { ...fs, writeSync };
+  const ftruncateSync = (fd: number, size: number) => {
+    disk.free += fs.fstatSync(fd).size - size;
+    fs.ftruncateSync(fd, size);
+  };
+  const rmSync: typeof fs.rmSync = (path, options) => {
+    if (disk.stuck) throw new Error('EROFS: read-only file system');
+    fs.rmSync(path, options);
+  };
+  return { ...fs, writeSync, ftruncateSync, rmSync };
 });
 
 const IDENTITY = { guest: 'vm', kernelBase: 0xffff_f800_0020_0000n, pdb: 'ntkrnlmp.pdb' };
@@ -22,6 +33,8 @@ const CHANGE = {
   owner: 'x',
 };
 
+const HEADER = '{"type":"journal","version":1,"guest":"vm","kernelBase":"0xfffff80000200000","pdb":"x"}';
+
 let directory: string;
 let path: string;
 beforeEach(() => {
@@ -29,12 +42,13 @@ beforeEach(() => {
   path = join(directory, 'journal');
 });
 afterEach(() => {
+  disk.free = Number.POSITIVE_INFINITY;
+  disk.stuck = false;
   rmSync(directory, { recursive: true });
-  disk.full = false;
 });
 
-const create = (at = path, isInGuest: (change: LeftChange) => boolean = () => true) =>
-  Journal.create(at, IDENTITY, isInGuest);
+const create = (at = path, isUndone: (change: LeftChange) => boolean = () => false) =>
+  Journal.create(at, IDENTITY, isUndone);
 
 const lines = () =>
   readFileSync(path, 'utf8')
@@ -74,27 +88,36 @@ describe('journal', () => {
     journal.undone(journal.record(CHANGE));
     journal.record({ ...CHANGE, gpa: 0x2000n });
     const before = readFileSync(path);
-    const asked: bigint[] = [];
+    const asked: LeftChange[] = [];
     const again = () =>
-      create(path, ({ gpa }) => {
-        asked.push(gpa);
-        return true;
+      create(path, (change) => {
+        asked.push(change);
+        return false;
       });
     expect(again).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
-    expect(asked).toEqual([0x2000n]);
+    expect(asked).toEqual([expect.objectContaining({ gpa: 0x2000n, before: CHANGE.before })]);
     expect(readFileSync(path)).toEqual(before);
   });
 
-  test('a journal is replaced once its guest has been restarted', () => {
+  test('a journal is replaced once each of its changes has been undone', () => {
     create().record(CHANGE);
-    create(path, () => false);
+    create(path, () => true);
     expect(lines()).toHaveLength(1);
   });
+
+  test.each([{ kernelBase: IDENTITY.kernelBase + 0x20_0000n }, { pdb: 'ntkrnlmp.pdb of another build' }])(
+    'a journal is replaced once its guest has been restarted: %o',
+    (change) => {
+      create().record(CHANGE);
+      Journal.create(path, { ...IDENTITY, ...change }, () => false);
+      expect(lines()).toHaveLength(1);
+    },
+  );
 
   test('a line that was cut short by a crash was never a change', () => {
     create().record(CHANGE);
     appendFileSync(path, '{"type":"wri');
-    expect(() => create(path, () => true)).toThrow(
+    expect(() => create()).toThrow(
       expect.objectContaining({ context: expect.objectContaining({ changes: 1 }) }),
     );
   });
@@ -107,14 +130,16 @@ describe('journal', () => {
     '[1]\n',
     '\0\u0001',
     '{"type":"journal","version":2,"guest":"vm"}\n',
-    '{"type":"journal","version":1,"guest":"vm"}\nprecious\n',
-    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"write","id":1,"gpa":"here","after":"00"}\n',
-    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"write","id":1,"gpa":"0x1","after":"0"}\n',
-    '{"type":"journal","version":1,"guest":"vm"}\n{"type":"undone"}\n',
+    '{"type":"journal","version":1,"guest":"vm"}\n',
+    '{"type":"journal","version":1,"guest":"vm","kernelBase":"here","pdb":"x"}\n',
+    `${HEADER}\nprecious\n`,
+    `${HEADER}\n{"type":"write","id":1,"gpa":"here","before":"00"}\n`,
+    `${HEADER}\n{"type":"write","id":1,"gpa":"0x1","before":"0"}\n`,
+    `${HEADER}\n{"type":"undone"}\n`,
   ])('a file that is no journal is refused, not replaced: %j', (text) => {
     writeFileSync(path, text);
     const refused = { code: 'JOURNAL_FAILED', message: `${path} is not a journal of memtables` };
-    expect(() => create(path, () => false)).toThrow(expect.objectContaining(refused));
+    expect(() => create(path, () => true)).toThrow(expect.objectContaining(refused));
     expect(readFileSync(path, 'utf8')).toBe(text);
   });
 
@@ -128,10 +153,10 @@ describe('journal', () => {
   );
 
   test('the journal of another guest is kept: its tool may be running', () => {
-    const other = Journal.create(path, { ...IDENTITY, guest: 'other' }, () => false);
+    const other = Journal.create(path, { ...IDENTITY, guest: 'other' }, () => true);
     other.record(CHANGE);
     const before = readFileSync(path);
-    expect(() => create(path, () => false)).toThrow(`${path} is the journal of the guest other`);
+    expect(() => create(path, () => true)).toThrow(`${path} is the journal of the guest other`);
     expect(readFileSync(path)).toEqual(before);
   });
 
@@ -140,15 +165,41 @@ describe('journal', () => {
     expect(() => create(directory)).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
   });
 
-  test('a disk that is full stops changes, and does not stop undoing them', () => {
-    const journal = create();
-    const id = journal.record(CHANGE);
-    disk.full = true;
-    expect(() => journal.record(CHANGE)).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
-    expect(journal.outstanding).toBe(1);
-    journal.undone(id);
-    journal.close();
+  test.each([0, 1, 40])(
+    'a disk with %i free bytes stops changes, keeps whole lines only, and does not stop undoing',
+    (free) => {
+      const journal = create();
+      const id = journal.record(CHANGE);
+      const before = readFileSync(path, 'utf8');
+      disk.free = free;
+      expect(() => journal.record({ ...CHANGE, gpa: 0x2000n })).toThrow(
+        expect.objectContaining({ code: 'JOURNAL_FAILED', cause: expect.any(Error) }),
+      );
+      expect(readFileSync(path, 'utf8')).toBe(before);
+      expect([journal.outstanding, disk.free]).toEqual([1, free]);
+      disk.free = 1000;
+      const third = journal.record({ ...CHANGE, gpa: 0x3000n });
+      expect(lines().map(({ gpa }) => gpa)).toEqual([undefined, '0x1234', '0x3000']);
+      disk.free = free;
+      journal.undone(third);
+      journal.undone(id);
+      journal.close();
+      expect(existsSync(path)).toBe(false);
+    },
+  );
+
+  test('that cannot even begin leaves no file', () => {
+    disk.free = 40;
+    expect(() => create()).toThrow(expect.objectContaining({ code: 'JOURNAL_FAILED' }));
     expect(existsSync(path)).toBe(false);
+  });
+
+  test('that cannot be removed at the end is a typed error', () => {
+    const journal = create();
+    disk.stuck = true;
+    expect(() => journal.close()).toThrow(
+      expect.objectContaining({ code: 'JOURNAL_FAILED', context: { path }, cause: expect.any(Error) }),
+    );
   });
 
   test('a place that cannot be written is a typed error', () => {
