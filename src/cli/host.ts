@@ -1,5 +1,6 @@
 import { randomInt } from 'node:crypto';
 import { runHost } from '../host/host.js';
+import { plural } from './describe.js';
 import { log } from './output.js';
 
 export interface HostCommandOptions {
@@ -15,16 +16,13 @@ export async function hostCommand(options: HostCommandOptions): Promise<void> {
   const stop = new AbortController();
   for (const ending of ['SIGINT', 'SIGTERM', 'SIGHUP', 'disconnect']) process.on(ending, () => stop.abort());
   const seed = options.seed ?? randomSeed();
-  const statistics = options.statistics ?? `${options.socket}.stats`;
-  log.info(
-    `host: ${options.vcpus} vCPUs, seed ${seed}, connects to ${options.socket}, statistics on ${statistics}`,
-  );
+  log.info(`starting a guest with ${plural(options.vcpus, 'vCPU')}, seed ${seed}`);
   await runHost({
     socket: options.socket,
     vcpus: options.vcpus,
     memoryMB: options.memory,
     seed,
-    statisticsPath: statistics,
+    ...(options.statistics === undefined ? {} : { statisticsPath: options.statistics }),
     signal: stop.signal,
     log: (message) => log.info(message),
   });

@@ -5,13 +5,13 @@ import { type LoadedGuest, loadGuest } from '../guest/loader.js';
 import { readGuestReport } from '../guest/report.js';
 import { createMachine } from '../machine/create-machine.js';
 import type { Machine } from '../machine/machine.js';
-
 import { PeImage } from '../nt/pe.js';
 import { snapshotImage } from './image-snapshot.js';
 import { Introspection } from './introspection.js';
 import { serveJsonLines } from './json-lines.js';
 import { KvmiConnection } from './kvmi-connection.js';
 import { RunLoop } from './run-loop.js';
+import { isSocketAt } from './socket-place.js';
 import { hostStatistics } from './statistics.js';
 import { ViolationCounters } from './violation-counters.js';
 
@@ -41,8 +41,8 @@ export interface HostOptions {
 /**
  * Boots a guest and runs it until `signal` aborts.
  *
- * @throws MemtablesError `SETUP_INCOMPLETE` when machine or guest are not built, `INVALID_ARGUMENT`,
- *   `MACHINE_FAILED` when the guest cannot go on
+ * @throws MemtablesError `SETUP_INCOMPLETE` when machine or guest are not built, `INVALID_ARGUMENT` when one of the
+ *   paths cannot be a socket's, `MACHINE_FAILED` when the guest cannot go on
  */
 export async function runHost(options: HostOptions): Promise<void> {
   const artefacts = readGuestArtefacts();
@@ -64,6 +64,7 @@ export async function serveGuest(
   options: Pick<HostOptions, 'socket' | 'statisticsPath' | 'signal' | 'log'>,
 ): Promise<void> {
   const { socket, statisticsPath = `${socket}.stats`, signal, log = () => {} } = options;
+  isSocketAt(socket);
   const image = PeImage.fromFile(artefacts.image);
   const started = performance.now();
   const uptime = () => Math.round(performance.now() - started);
@@ -82,10 +83,12 @@ export async function serveGuest(
     name: GUEST_NAME,
     uuid: randomBytes(UUID_SIZE),
     onActivity: () => loop.wake(),
+    onUnreachable: (error) => log(`no tool can be reached: ${error.message}`),
     onFailure: (error) => failure.abort(error),
     onState: (attached, reason) =>
       log(attached ? 'a tool has attached' : `the tool is gone${reason ? `: ${reason.message}` : ''}`),
   });
+  log(`waiting for a tool on ${socket}; statistics on ${statisticsPath}`);
   try {
     await aborted(AbortSignal.any([signal, failure.signal]));
     failure.signal.throwIfAborted();

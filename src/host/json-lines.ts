@@ -1,7 +1,8 @@
 // A unix socket that answers JSON lines: one request a line, one answer a line, in order.
-import { chmodSync, rmSync, statSync } from 'node:fs';
+import { chmodSync, rmSync } from 'node:fs';
 import { createServer, type Server, type Socket } from 'node:net';
 import { MemtablesError } from '../errors.js';
+import { isListenedOn, isSocketAt } from './socket-place.js';
 
 /** A request is a few words; a longer line is no request of ours. */
 const MAX_LINE = 4096;
@@ -24,12 +25,18 @@ export async function serveJsonLines(path: string, answers: Answers): Promise<()
     socket.on('error', () => socket.destroy());
     answerLines(socket, answers);
   });
+  if (isSocketAt(path) && (await isListenedOn(path))) {
+    throw new MemtablesError('INVALID_ARGUMENT', `another process listens on ${path}`, {
+      remedy: 'End it, if it is an earlier host, or name another path.',
+      context: { path },
+    });
+  }
   try {
-    if (statSync(path, { throwIfNoEntry: false })?.isSocket()) rmSync(path);
+    rmSync(path, { force: true });
     await listen(server, path);
   } catch (cause) {
     throw new MemtablesError('INVALID_ARGUMENT', `cannot listen on ${path}`, {
-      remedy: 'Name a path in a directory you may write to, and that no file has.',
+      remedy: 'Name a path in a directory you may write to.',
       context: { path },
       cause,
     });

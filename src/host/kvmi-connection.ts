@@ -10,6 +10,9 @@ const RECEIVE_BUFFER = 64 * 1024;
 /** A tool that does not read its socket is dropped before its answers fill our memory. */
 const MAX_UNSENT = 4 * 1024 * 1024;
 
+/** No tool yet, or one that has just ended. */
+const EXPECTED: ReadonlySet<string | undefined> = new Set(['ENOENT', 'ECONNREFUSED', 'ECONNRESET', 'EPIPE']);
+
 export interface KvmiConnectionOptions {
   /** The unix socket the introspection tool listens on; tried again until it exists. */
   readonly path: string;
@@ -21,6 +24,8 @@ export interface KvmiConnectionOptions {
   readonly onActivity: () => void;
   /** Called when a tool has attached, and when it is gone: with the reason, if we dropped it. */
   readonly onState: (attached: boolean, reason?: MemtablesError) => void;
+  /** Called when the tool cannot be reached for another reason than that it is not there, once for each reason. */
+  readonly onUnreachable: (error: Error) => void;
   /** Told what the machine threw while a message was carried out: the guest cannot go on. */
   readonly onFailure: (error: unknown) => void;
 }
@@ -30,6 +35,7 @@ export class KvmiConnection {
   private socket: Socket | undefined;
   private retry: NodeJS.Timeout | undefined;
   private closed = false;
+  private lastError: string | undefined;
 
   constructor(private readonly options: KvmiConnectionOptions) {
     this.open();
@@ -70,8 +76,8 @@ export class KvmiConnection {
       peer = new Peer(introspection, send, () => onState(true));
       send(this.greeting());
     });
-    // What went wrong does not matter: 'close' follows, and the next attempt.
-    socket.on('error', () => {});
+    // 'close' follows, and the next attempt.
+    socket.on('error', (error) => this.noteError(error));
     socket.on('close', () => {
       if (this.closed) return;
       const wasAttached = introspection.attached;
@@ -80,6 +86,12 @@ export class KvmiConnection {
       onActivity();
       this.retry = setTimeout(() => this.open(), RETRY_MS);
     });
+  }
+
+  private noteError(error: NodeJS.ErrnoException): void {
+    if (this.closed || error.code === this.lastError) return;
+    this.lastError = error.code;
+    if (!EXPECTED.has(error.code)) this.options.onUnreachable(error);
   }
 
   /** Returns why the tool has to be dropped, if it has to. */

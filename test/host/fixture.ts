@@ -49,6 +49,7 @@ export class Fixture<M extends Machine = FakeMachine> {
       name: 'guest',
       uuid: Buffer.alloc(16, 7),
       onActivity: () => fixture?.loop?.wake(),
+      onUnreachable: () => {},
       onFailure: (error) => failures.push(error),
       onState: (_attached, reason) => {
         if (reason) dropped.push(reason);

@@ -1,0 +1,41 @@
+// Results in words, for a person.
+import type { EngineEvent, UnloadReport } from '../memtables/report.js';
+import { hex } from '../vmi/address.js';
+import { loadRefusal } from './reasons.js';
+
+/** One line for each event; `undefined` for one that has been told of already. */
+export function describeEvents(): (event: EngineEvent) => string | undefined {
+  let waiting = false;
+  return (event) => {
+    switch (event.type) {
+      case 'hooked':
+        return `hooked ${event.name} at ${hex(event.function)}, ${event.replacedBytes} bytes moved to ${hex(event.trampoline)}`;
+      case 'relocated':
+        return `relocated ${event.form} load at ${hex(event.site)} (${plural(event.entries, 'entry', 'entries')}) to ${hex(event.handler)} after ${event.hits} hits`;
+      case 'refused':
+        return `left the load at ${hex(event.site)} alone: ${loadRefusal(event.reason) ?? event.reason} [${event.reason}]`;
+      case 'taken-back':
+        return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
+      case 'unload-blocked': {
+        const told = waiting;
+        waiting = true;
+        return told ? undefined : 'waiting for threads to leave the handlers';
+      }
+    }
+  };
+}
+
+export function counts(byName: Readonly<Record<string, number>>): string {
+  const parts = Object.entries(byName).map(([name, count]) => `${name} ${count}`);
+  return parts.length === 0 ? 'none' : parts.join(', ');
+}
+
+/** `1 hook`, `2 hooks`. */
+export function plural(count: number, one: string, many = `${one}s`): string {
+  return `${count.toLocaleString('en')} ${count === 1 ? one : many}`;
+}
+
+/** Nothing below that is of interest. */
+export function inMilliseconds(report: UnloadReport): UnloadReport {
+  return { ...report, seconds: Math.round(report.seconds * 1000) / 1000 };
+}
