@@ -13,6 +13,8 @@ export type ErrorCode =
   | 'LIBRARY_NOT_LOADED'
   | 'LIBRARY_INCOMPATIBLE'
   | 'ATTACH_FAILED'
+  // asked of an attachment that has been unloaded
+  | 'NOT_ATTACHED'
   // the hypervisor
   | 'HYPERVISOR_FAILED'
   | 'HYPERVISOR_GONE'

@@ -33,6 +33,8 @@ export interface AttachOptions {
   readonly journal?: string;
   /** How long unloading waits for threads to leave the handlers. */
   readonly unloadSeconds?: number;
+  /** Called when it begins to wait for the hypervisor: what could be checked by then is in order. */
+  readonly onWaiting?: () => void;
   /** Gives up waiting for the hypervisor; of no effect once it has connected. */
   readonly signal?: AbortSignal;
 }
@@ -158,6 +160,9 @@ export class Attachment extends EventEmitter<Events> {
       worker.on('message', (message: WorkerMessage) => {
         switch (message.type) {
           case 'connecting':
+            state = message.type;
+            options.onWaiting?.();
+            break;
           case 'connected':
             state = message.type;
             break;
@@ -206,7 +211,8 @@ export class Attachment extends EventEmitter<Events> {
    * Takes every change back and detaches. Called again, it gives the same report; after an error that ended the
    * attachment, the worker has tried it already, and that error is thrown.
    *
-   * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside handlers for too long
+   * @throws MemtablesError `UNLOAD_BLOCKED` when threads stay inside handlers for too long, `ROLLBACK_FAILED` when
+   *   changes could not be undone; the cause is what had failed before
    */
   unload(): Promise<UnloadReport> {
     this.#unloading ??= this.#unload();
@@ -215,7 +221,7 @@ export class Attachment extends EventEmitter<Events> {
 
   async #unload(): Promise<UnloadReport> {
     const report = this.#ask({ type: 'unload' });
-    // The worker ends by the error that it refuses with.
+    // It is the error that ends the worker.
     report.catch(() => {});
     await this.ended;
     return await report;
@@ -237,7 +243,7 @@ export function journalOf(socket: string): string {
 }
 
 function unloaded(): MemtablesError {
-  return new MemtablesError('HYPERVISOR_GONE', 'memtables has been unloaded from this guest', {
+  return new MemtablesError('NOT_ATTACHED', 'memtables has been unloaded from this guest', {
     remedy: 'Attach again.',
   });
 }

@@ -61,28 +61,20 @@ export interface PortableError {
   readonly remedy: string;
   readonly context: Readonly<Record<string, unknown>>;
   readonly stack: string | undefined;
-  readonly cause: string | undefined;
+  readonly cause: PortableError | undefined;
 }
 
 export function toPortable(error: unknown): PortableError {
-  if (error instanceof MemtablesError) {
-    return {
-      code: error.code,
-      message: error.message,
-      remedy: error.remedy,
-      context: cloneable(error.context),
-      stack: error.stack,
-      cause: error.cause instanceof Error ? error.cause.message : undefined,
-    };
-  }
   const known = error instanceof Error ? error : new Error(String(error));
+  const { code, remedy, context } =
+    known instanceof MemtablesError ? known : { code: undefined, remedy: '', context: {} };
   return {
-    code: undefined,
+    code,
     message: known.message,
-    remedy: '',
-    context: {},
+    remedy,
+    context: cloneable(context),
     stack: known.stack,
-    cause: undefined,
+    cause: known.cause === undefined ? undefined : toPortable(known.cause),
   };
 }
 
@@ -96,15 +88,12 @@ function cloneable(context: ErrorContext): ErrorContext {
 }
 
 export function fromPortable(portable: PortableError): Error {
-  const { code, message, remedy, context, stack, cause } = portable;
+  const { code, message, remedy, context, stack } = portable;
+  const cause = portable.cause && { cause: fromPortable(portable.cause) };
   const error =
     code === undefined
-      ? new Error(message)
-      : new MemtablesError(code, message, {
-          remedy,
-          context,
-          ...(cause === undefined ? {} : { cause: new Error(cause) }),
-        });
+      ? new Error(message, cause)
+      : new MemtablesError(code, message, { remedy, context, ...cause });
   if (stack !== undefined) error.stack = stack;
   return error;
 }

@@ -3,6 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { MemtablesError } from '../errors.js';
 import { Journal } from '../journal/journal.js';
+import { loadLibvmi } from '../libvmi/library.js';
 import { openSession } from '../libvmi/session.js';
 import { prepareSocketPath } from '../libvmi/socket-path.js';
 import { Engine } from '../memtables/engine.js';
@@ -19,6 +20,7 @@ import {
   type WorkerMessage,
   type WorkerOptions,
 } from './protocol.js';
+import { undoFailed } from './undo-failed.js';
 
 /** How long a listen waits where nothing happens; commands are taken between two listens. */
 const LISTEN_MS = 20;
@@ -30,8 +32,10 @@ const DISCOVERY_PAUSE_MS = 20;
 async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
   const profile = loadProfile(options.profile);
-  Journal.check(options.journal, options.name);
+  // Before anything waits; the session loads it again, which costs nothing.
+  loadLibvmi(options.library);
   prepareSocketPath(options.socket);
+  Journal.check(options.journal, options.name);
   post({ type: 'connecting' });
   const session = openSession({
     name: options.name,
@@ -40,11 +44,14 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
     ...(options.library === undefined ? {} : { libraryPath: options.library }),
   });
   post({ type: 'connected' });
-  try {
+  await closing(session, async () => {
     const kernel = await findKernel(session, profile);
-    const identity = { guest: options.name, kernelBase: kernel.base, pdb: profile.pdb.name };
-    const journal = Journal.create(options.journal, identity, ({ gpa, after }) => holds(session, gpa, after));
-    try {
+    const { name, guid, age } = profile.pdb;
+    const identity = { guest: options.name, kernelBase: kernel.base, pdb: `${name}/${guid}/${age}` };
+    const journal = Journal.create(options.journal, identity, ({ gpa, before }) =>
+      holds(session, gpa, before),
+    );
+    await closing(journal, () => {
       const engine = new Engine(session, kernel, journal, {
         threshold: options.threshold,
         unloadSeconds: options.unloadSeconds,
@@ -61,16 +68,28 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
         },
       });
       serve(port, session, engine);
-    } finally {
-      journal.close();
-    }
-  } finally {
-    session.close();
-  }
+    });
+  });
 }
 
+/** Uses a resource and closes it. Of two errors the first one counts: that of the use. */
+async function closing(resource: { close(): void }, use: () => void | Promise<void>): Promise<void> {
+  try {
+    await use();
+  } catch (error) {
+    try {
+      resource.close();
+    } catch {
+      // A journal that could not be closed is still there.
+    }
+    throw error;
+  }
+  resource.close();
+}
+
+/** Memory that a guest does not have holds no change. */
 function holds(session: Hypervisor, gpa: Gpa, bytes: Uint8Array): boolean {
-  if (gpa + BigInt(bytes.length) > session.maxPhysicalAddress) return false;
+  if (gpa + BigInt(bytes.length) > session.maxPhysicalAddress) return true;
   return Buffer.compare(session.readPhysical(gpa, bytes.length), bytes) === 0;
 }
 
@@ -93,40 +112,45 @@ function serve(port: MessagePort, session: Hypervisor, engine: Engine): void {
     for (let unloaded = false; !unloaded; ) {
       session.listen(LISTEN_MS);
       engine.work();
-      unloaded = takeCommands(port, engine);
+      unloaded = takeCommands(port, session, engine);
     }
   } catch (error) {
-    // What failed is what the user has to hear of, even where unloading then fails too.
     const unloadFailed = error instanceof MemtablesError && error.code === 'UNLOAD_BLOCKED';
-    if (engine.loaded && !unloadFailed) attempt(() => engine.unload());
-    throw error;
+    throw engine.loaded && !unloadFailed ? unloadAfter(error, engine) : error;
   }
 }
 
-function attempt(action: () => unknown): void {
+/** Unloads because of an error; returns what the user has to hear of: that, unless unloading failed as well. */
+function unloadAfter(cause: unknown, engine: Engine): unknown {
   try {
-    action();
-  } catch {
-    // The journal that is left behind says what is still in the guest.
+    engine.unload();
+    return cause;
+  } catch (error) {
+    return undoFailed(error, cause);
   }
 }
 
-function takeCommands(port: MessagePort, engine: Engine): boolean {
+function takeCommands(port: MessagePort, session: Hypervisor, engine: Engine): boolean {
   for (;;) {
     const received = receiveMessageOnPort(port) as { message: Request } | undefined;
     if (received === undefined) return false;
     const { id, command } = received.message;
     try {
-      port.postMessage({ type: 'answer', id, value: perform(engine, command) } satisfies WorkerMessage);
+      port.postMessage({
+        type: 'answer',
+        id,
+        value: perform(session, engine, command),
+      } satisfies WorkerMessage);
     } catch (error) {
-      port.postMessage({ type: 'refusal', id, error: toPortable(error) } satisfies WorkerMessage);
+      // Anything else ends the attachment, which answers it.
       if (command.type !== 'hook' || !isRefusal(error)) throw error;
+      port.postMessage({ type: 'refusal', id, error: toPortable(error) } satisfies WorkerMessage);
     }
     if (command.type === 'unload') return true;
   }
 }
 
-function perform(engine: Engine, command: Command): Answers[Command['type']] {
+function perform(session: Hypervisor, engine: Engine, command: Command): Answers[Command['type']] {
   switch (command.type) {
     case 'hook':
       engine.hook(command.name);
@@ -134,7 +158,10 @@ function perform(engine: Engine, command: Command): Answers[Command['type']] {
     case 'relocate':
       engine.relocating = command.enabled;
       // What is hot already is relocated before the answer.
-      engine.work();
+      while (engine.hasWork) {
+        session.listen(0);
+        engine.work();
+      }
       return undefined;
     case 'statistics':
       return engine.statistics();
@@ -143,7 +170,7 @@ function perform(engine: Engine, command: Command): Answers[Command['type']] {
   }
 }
 
-/** A hook may be refused and the engine goes on; anything else ends it. */
+/** A hook may be refused and the engine goes on. */
 function isRefusal(error: unknown): boolean {
   return (
     error instanceof MemtablesError &&

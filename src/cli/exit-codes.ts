@@ -40,6 +40,7 @@ const BY_CODE: Record<ErrorCode, number> = {
   LIBRARY_NOT_LOADED: EXIT.environment,
   LIBRARY_INCOMPATIBLE: EXIT.environment,
   ATTACH_FAILED: EXIT.environment,
+  NOT_ATTACHED: EXIT.internal,
   HYPERVISOR_FAILED: EXIT.hypervisor,
   HYPERVISOR_GONE: EXIT.hypervisor,
   HYPERVISOR_STUCK: EXIT.hypervisor,

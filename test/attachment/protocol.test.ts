@@ -10,13 +10,14 @@ describe('an error that crosses to another thread', () => {
     const error = new MemtablesError('HOOK_REFUSED', 'no', {
       remedy: 'Hook another.',
       context: { at: 0xfffff80000001000n, bytes: Uint8Array.of(1) },
-      cause: new Error('deep'),
+      cause: new MemtablesError('JOURNAL_FAILED', 'deep', { remedy: 'x', cause: new Error('deeper') }),
     });
     const arrived = cross(error);
     expect(arrived).toBeInstanceOf(MemtablesError);
     const { code, message, remedy, context, stack, cause } = error;
     expect(arrived).toMatchObject({ code, message, remedy, context, stack });
-    expect((arrived.cause as Error).message).toBe((cause as Error).message);
+    expect(arrived.cause).toMatchObject({ code: 'JOURNAL_FAILED', message: (cause as Error).message });
+    expect((arrived.cause as Error).cause).toMatchObject({ message: 'deeper' });
   });
 
   test('without a cause has none', () => {
