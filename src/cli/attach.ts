@@ -1,8 +1,11 @@
 import { existsSync } from 'node:fs';
 import { Attachment, journalOf } from '../attachment/attachment.js';
+import { assertFunctionsKnown } from '../attachment/known-functions.js';
+import { undoFailed } from '../attachment/undo-failed.js';
 import { MemtablesError } from '../errors.js';
-import type { EngineEvent } from '../memtables/report.js';
+import { loadProfile } from '../nt/profile.js';
 import { hex } from '../vmi/address.js';
+import { counts, describeEvents, inMilliseconds, plural } from './describe.js';
 import { EXIT } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
 import { log, type Output } from './output.js';
@@ -32,18 +35,19 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
+  assertFunctionsKnown(options.hook ?? [], loadProfile(options.profile));
   const journal = options.journal ?? journalOf(options.socket);
   const stop = stopRequest({
     code: EXIT.unload,
     message: `ended without unloading; ${journal} lists what is still in the guest`,
   });
-  log.info(`waiting for the hypervisor on ${options.socket}`);
   const attachment = await open(options, stop);
   const { kernel } = attachment;
   output.result(
     { type: 'attached', ...kernel },
-    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${kernel.vcpus} vCPUs`,
+    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${plural(kernel.vcpus, 'vCPU')}`,
   );
+  const describe = describeEvents();
   attachment.on('event', (event) => output.result(event, describe(event)));
 
   try {
@@ -53,20 +57,30 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
     await Promise.race([aborted(stop), timeout(options.time), attachment.ended]);
     log.info('unloading');
     const statistics = await attachment.statistics();
-    const unload = await attachment.unload();
+    const unload = inMilliseconds(await attachment.unload());
     output.result(
       { type: 'summary', ...statistics, unload },
       [
-        `unloaded in ${unload.seconds.toFixed(3)} s after ${unload.scans} scans (${unload.blocked} blocked)`,
-        `  ${statistics.violations} violations, ${statistics.relocations} relocations, refused: ${counts(statistics.refused)}`,
+        `unloaded in ${unload.seconds.toFixed(3)} s after ${plural(unload.scans, 'scan')} (${unload.blocked} blocked)`,
+        `  ${plural(statistics.violations, 'violation')}, ${plural(statistics.relocations, 'relocation')}, refused: ${counts(statistics.refused)}`,
         `  reads answered with original bytes: ${counts(statistics.cloakedReads)}`,
       ].join('\n'),
     );
   } catch (error) {
-    // Undo what is there before saying what failed; a worker that has ended has tried to.
-    await attachment.unload().catch(() => {});
+    const failure = await undo(attachment, error);
     if (existsSync(journal)) log.warn(`changes are still in the guest; ${journal} lists them`);
-    throw error;
+    throw failure;
+  }
+}
+
+/** Takes back what is there after `error`; returns what the user has to hear of. */
+async function undo(attachment: Attachment, error: unknown): Promise<unknown> {
+  try {
+    await attachment.unload();
+    return error;
+  } catch (failure) {
+    // The same one: it had ended the attachment.
+    return failure === error ? error : undoFailed(failure, error);
   }
 }
 
@@ -80,6 +94,7 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
       threshold: options.threshold,
       relocate: options.relocate,
       unloadSeconds: options.unloadTimeout,
+      onWaiting: () => log.info(`waiting for the hypervisor on ${options.socket}`),
       signal: stop,
       ...(options.journal === undefined ? {} : { journal: options.journal }),
       // The environment's may be empty.
@@ -91,27 +106,6 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
     // A native call still waits for the hypervisor.
     return exitNow(EXIT.ok);
   }
-}
-
-/** One line for a person. */
-export function describe(event: EngineEvent): string {
-  switch (event.type) {
-    case 'hooked':
-      return `hooked ${event.name} at ${hex(event.function)}, ${event.replacedBytes} bytes moved to ${hex(event.trampoline)}`;
-    case 'relocated':
-      return `relocated ${event.form} load at ${hex(event.site)} (${event.entries} entries) to ${hex(event.handler)} after ${event.hits} hits`;
-    case 'refused':
-      return `left the load at ${hex(event.site)} alone: ${event.reason}`;
-    case 'taken-back':
-      return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
-    case 'unload-blocked':
-      return `cannot unload yet: ${event.where.join('; ')}`;
-  }
-}
-
-export function counts(byName: Readonly<Record<string, number>>): string {
-  const parts = Object.entries(byName).map(([name, count]) => `${name} ${count}`);
-  return parts.length === 0 ? 'none' : parts.join(', ');
 }
 
 /** Resolves after so many seconds; without a number never. */

@@ -1,11 +1,14 @@
 import { type DemoSummary, demoFailed, runDemo } from '../demo/demo.js';
 import { FORMS, type Phase, rate } from '../demo/phase.js';
 import { MemtablesError } from '../errors.js';
-import { counts, describe } from './attach.js';
+import type { EngineEvent } from '../memtables/report.js';
+import { counts, describeEvents, inMilliseconds, plural } from './describe.js';
 import { EXIT } from './exit-codes.js';
 import { randomSeed } from './host.js';
 import { log, type Output } from './output.js';
 import { stopRequest } from './stop.js';
+
+const COUNTED: ReadonlySet<EngineEvent['type']> = new Set(['relocated', 'refused']);
 
 export interface DemoCommandOptions {
   readonly vcpus: number;
@@ -26,7 +29,8 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
     code: EXIT.internal,
     message: 'ended without unloading; the guest ends with the demo',
   });
-  log.info(`starting an embedded host with ${options.vcpus} vCPUs, seed ${seed}`);
+  log.info(`starting an embedded host with ${plural(options.vcpus, 'vCPU')}, seed ${seed}`);
+  const describe = describeEvents();
   const { summary, shortcomings } = await runDemo(
     {
       vcpus: options.vcpus,
@@ -36,7 +40,8 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
       library: options.libvmi || undefined,
     },
     {
-      event: (event) => output.result(event, `  ${describe(event)}`),
+      // Dozens of table loads: for a person the summary counts them.
+      event: (event) => output.result(event, COUNTED.has(event.type) ? undefined : describe(event)),
       phaseBegins: (name) => log.info(`phase '${name}', ${options.seconds} s`),
       phaseGoesOn: (name) =>
         log.info(`phase '${name}' goes on until the guest's integrity checker has been through once`),
@@ -47,7 +52,8 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
   ).catch((error: unknown) => {
     throw stop.aborted ? demoStopped(stop.reason) : error;
   });
-  output.result({ type: 'summary', ...summary }, describeSummary(summary));
+  const unload = inMilliseconds(summary.unload);
+  output.result({ type: 'summary', ...summary, unload }, describeSummary(summary));
   if (shortcomings.length > 0) throw demoFailed(seed, shortcomings);
 }
 
@@ -59,11 +65,28 @@ function demoStopped(cause: unknown): MemtablesError {
 }
 
 function describePhase(name: string, phase: Phase): string {
-  const forms = FORMS.map((form) => {
-    const { readViolations } = phase.byForm[form];
-    return `${form} ${Math.round(rate(phase, form)).toLocaleString('en')}/s (${readViolations} trapped)`;
-  });
-  return `${name}: switches ${forms.join(', ')}; ${phase.integritySweeps} integrity sweeps`;
+  const switches = Math.round(phase.switches / phase.seconds);
+  return `${name}: ${plural(switches, 'switch', 'switches')}/s, ${plural(phase.integritySweeps, 'integrity sweep')}`;
+}
+
+/** A row for each phase; for each form of a switch, how many a second, and how many table loads were trapped. */
+function phaseTable(phases: DemoSummary['phases']): string[] {
+  const cell = (text: string | number, width: number) => text.toLocaleString('en').padStart(width);
+  const row = (name: string, cells: (string | number)[]) =>
+    name.padEnd(9) + cells.map((text, index) => cell(text, index % 2 === 0 ? 13 : 9)).join('');
+  return [
+    ''.padEnd(9) + FORMS.map((form) => form.padStart(22)).join(''),
+    row(
+      '',
+      FORMS.flatMap(() => ['switches/s', 'trapped']),
+    ),
+    ...Object.entries(phases).map(([name, phase]) =>
+      row(
+        name,
+        FORMS.flatMap((form) => [Math.round(rate(phase, form)), phase.byForm[form].readViolations]),
+      ),
+    ),
+  ];
 }
 
 function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): string {
@@ -71,11 +94,13 @@ function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): st
   const ofUnhooked = rate(phases.relocated, 'one-level') / rate(phases.unhooked, 'one-level');
   return [
     '',
-    `${summary.hooks} hooks hidden, ${summary.relocations} table loads relocated; left alone: ${counts(summary.refused)}`,
+    ...phaseTable(phases),
+    '',
+    `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'table load')} relocated; left alone: ${counts(summary.refused)}`,
     `one-level switches: ${speedup.toFixed(0)} times as fast as with trapped tables, ${ofUnhooked.toFixed(2)} of the unhooked rate`,
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
-    `unloaded after ${unload.scans} thread scans (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,
-    `the guest: checksums ${guest.checksumOk ? 'right' : 'WRONG'}, ${guest.integritySweeps} integrity sweeps with ` +
-      `${guest.integrityMismatches} mismatches, ${guest.identicalAfterUnload ? 'identical' : 'DIFFERENT'} after unload`,
+    `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,
+    `the guest: checksums ${guest.checksumOk ? 'right' : 'WRONG'}, ${plural(guest.integritySweeps, 'integrity sweep')} with ` +
+      `${plural(guest.integrityMismatches, 'mismatch', 'mismatches')}, ${guest.identicalAfterUnload ? 'identical' : 'DIFFERENT'} after unload`,
   ].join('\n');
 }

@@ -124,7 +124,10 @@ program
     'Attach to a running VM, hide the given hooks, and relocate the table loads they make expensive. Ends, with ' +
       'everything undone, on Ctrl-C or after -t seconds.',
   )
-  .requiredOption('-n, --name <name>', 'the VM, as libvmi knows it')
+  .requiredOption(
+    '-n, --name <name>',
+    'the VM, as libvmi knows it; the bundled library does not look at it, and attaches to whoever connects',
+  )
   .requiredOption('-s, --socket <path>', 'unix socket that the hypervisor connects to')
   .requiredOption('-j, --profile <file>', "ISF profile of the guest's kernel (JSON)")
   .addOption(hook('at least one'))
@@ -167,14 +170,14 @@ MEMTABLES_LOG=warn prints less.`,
 
 program
   .command('scan')
-  .description('List the switch-table loads of a PE64 file on disk, and which of them could be relocated.')
-  .argument('<file>', 'an x86-64 Windows executable, library or driver')
+  .description('List the switch-table loads of PE64 files on disk, and which of them could be relocated.')
+  .argument('<files...>', 'x86-64 Windows executables, libraries or drivers')
   .addOption(json())
   .addHelpText('after', '\nExample:\n  memtables scan ntoskrnl.exe')
-  .action((file, options) =>
+  .action((files, options) =>
     run(async () => {
-      const { scanFile } = await import('./scan.js');
-      scanFile(file, options, process.stdout);
+      const { scanFiles } = await import('./scan.js');
+      process.exitCode = scanFiles(files, options, process.stdout);
     }),
   );
 

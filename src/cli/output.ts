@@ -3,6 +3,7 @@ import pretty from 'pino-pretty';
 import { MemtablesError } from '../errors.js';
 import { hex } from '../vmi/address.js';
 import { EXIT, exitCodeOf } from './exit-codes.js';
+import { hookRefusal } from './reasons.js';
 
 /** JSON with addresses (`bigint`) as `"0x…"` strings, on one line. */
 export function toJson(value: unknown): string {
@@ -34,10 +35,10 @@ export function assertResultsWritten(): void {
 export class Output {
   constructor(readonly json: boolean) {}
 
-  /** A result in both forms: `record` as a JSON line, or `text` for a person. */
-  result(record: Readonly<Record<string, unknown>>, text: string): void {
-    if (stdoutBroken.aborted) return;
-    process.stdout.write(this.json ? `${toJson(record)}\n` : `${text}\n`);
+  /** A result in both forms: `record` as a JSON line, or `text` for a person, where that has something to say. */
+  result(record: Readonly<Record<string, unknown>>, text: string | undefined): void {
+    const line = this.json ? toJson(record) : text;
+    if (line !== undefined && !stdoutBroken.aborted) process.stdout.write(`${line}\n`);
   }
 }
 
@@ -57,9 +58,12 @@ export function reportError(error: unknown): number {
   if (error instanceof MemtablesError) {
     process.stderr.write(`memtables: ${error.message} [${error.code}]\n`);
     for (const [name, value] of Object.entries(error.context)) {
-      process.stderr.write(`  ${name}: ${typeof value === 'string' ? value : toJson(value)}\n`);
+      process.stderr.write(`  ${name}: ${textOf(value)}${meaningOf(error, name)}\n`);
     }
-    if (error.cause instanceof Error) process.stderr.write(`  cause: ${error.cause.message}\n`);
+    for (let { cause } = error as Error; cause instanceof Error; { cause } = cause) {
+      const code = cause instanceof MemtablesError ? ` [${cause.code}]` : '';
+      process.stderr.write(`  cause: ${cause.message}${code}\n`);
+    }
     process.stderr.write(`  what to do: ${error.remedy}\n`);
     return exitCodeOf(error.code);
   }
@@ -67,4 +71,17 @@ export function reportError(error: unknown): number {
     `memtables: internal error: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}\n`,
   );
   return EXIT.internal;
+}
+
+function textOf(value: unknown): string {
+  if (typeof value === 'string') return value;
+  if (Array.isArray(value) && value.every((item) => typeof item === 'string')) return value.join(', ');
+  return toJson(value);
+}
+
+/** Why a hook was refused, in words. */
+function meaningOf({ code, context }: MemtablesError, name: string): string {
+  if (code !== 'HOOK_REFUSED' || name !== 'reason') return '';
+  const words = hookRefusal(context.reason);
+  return words === undefined ? '' : `, which means: ${words}`;
 }

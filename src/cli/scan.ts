@@ -5,7 +5,9 @@ import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
 import type { RefusalReason, SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
-import { toJson } from './output.js';
+import { EXIT } from './exit-codes.js';
+import { reportError, toJson } from './output.js';
+import { LOAD_REFUSALS } from './reasons.js';
 
 const MAX_FILE_SIZE = 2 ** 30;
 
@@ -14,22 +16,59 @@ interface Lines {
 }
 
 /**
- * Writes the switch-table loads of a PE64 file to `out`: JSON lines (a `site` each, then a `summary`), or
- * a table for a person.
- * @throws MemtablesError `FILE_UNREADABLE`, `IMAGE_INVALID`, `GUEST_UNSUPPORTED`
+ * Writes the switch-table loads of PE64 files to `out`: JSON lines (a `site` each, then a `summary`), or a table for a
+ * person. A file that cannot be scanned is said on stderr, and the others are scanned all the same.
+ *
+ * @returns the exit code: that of the first such file
  */
-export function scanFile(path: string, options: { readonly json?: boolean | undefined }, out: Lines): void {
-  const image = PeImage.fromFile(readImageFile(path));
-  const sites = scanImage(image);
+export function scanFiles(
+  paths: readonly string[],
+  options: { readonly json?: boolean | undefined },
+  out: Lines,
+): number {
+  let code: number = EXIT.ok;
+  paths.forEach((path, index) => {
+    try {
+      scanFile(path, options, out, index > 0);
+    } catch (error) {
+      const own = reportError(error);
+      code ||= own;
+    }
+  });
+  return code;
+}
+
+/** @throws MemtablesError `FILE_UNREADABLE`, `IMAGE_INVALID`, `GUEST_UNSUPPORTED` */
+export function scanFile(
+  path: string,
+  options: { readonly json?: boolean | undefined },
+  out: Lines,
+  apart = false,
+): void {
+  const { image, sites } = scan(path);
   const summary = summarise(path, image, sites);
   if (options.json) {
-    for (const site of sites) out.write(`${toJson(siteRecord(image, site))}\n`);
+    for (const site of sites) out.write(`${toJson(siteRecord(path, image, site))}\n`);
     out.write(`${toJson(summary)}\n`);
     return;
   }
+  if (apart) out.write('\n');
   out.write(header(path, image));
   out.write(siteTable(image, sites));
   out.write(summaryText(summary));
+}
+
+/** Of several files, an error has to say which. */
+function scan(path: string): { readonly image: PeImage; readonly sites: readonly SwitchSite[] } {
+  const bytes = readImageFile(path);
+  try {
+    const image = PeImage.fromFile(bytes);
+    return { image, sites: scanImage(image) };
+  } catch (cause) {
+    if (!(cause instanceof MemtablesError)) throw cause;
+    const { code, message, remedy, context } = cause;
+    throw new MemtablesError(code, `${path}: ${message}`, { remedy, context, cause: cause.cause });
+  }
 }
 
 function readImageFile(path: string): Uint8Array {
@@ -47,9 +86,10 @@ function readImageFile(path: string): Uint8Array {
   }
 }
 
-function siteRecord(image: PeImage, site: SwitchSite): Record<string, unknown> {
+function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<string, unknown> {
   const head = {
     type: 'site',
+    file,
     rva: hex(site.rva),
     section: image.sectionAt(site.rva)?.name,
     form: site.form,
@@ -138,29 +178,6 @@ const COLUMNS = ['load', 'section', 'form', 'table', 'entries', 'handler', 'end 
 const RIGHT_ALIGNED: ReadonlySet<number> = new Set([0, 3, 4, 5]);
 const INDENT = '  ';
 
-const REASONS: Record<RefusalReason, string> = {
-  'not-in-function': 'no code is known to run there',
-  'function-too-complex': 'the function is too large to analyse',
-  'indirect-jump-unresolved': 'another jump of the function may go anywhere',
-  'not-a-table-load': 'no load of a table',
-  'not-a-dword-load': 'entries are not 4 bytes',
-  'address-size-prefix': 'the address has 32 bits',
-  'scale-not-4': 'the index is not scaled by 4',
-  'stack-pointer-as-destination': 'the load changes the stack pointer',
-  'shorter-than-a-jump': 'the load is shorter than a jump',
-  'not-a-switch': 'no jump follows',
-  'base-not-proven': 'the base register may not hold the image base',
-  'table-outside-image': 'the table is outside of the image',
-  'table-not-in-executable-section': 'the table is not in code',
-  'table-in-writable-section': 'the table may be written to',
-  'bound-not-proven': 'no guard bounds the index',
-  'table-overlaps-code': 'the index reaches over the table, into code',
-  'table-overlaps-table': 'the index reaches over the table, into another one',
-  'entry-outside-image': 'an entry is outside of the image',
-  'entry-not-executable': 'an entry is not in code',
-  'entry-not-an-instruction': 'an entry is no instruction of the function',
-};
-
 function header(path: string, image: PeImage): string {
   const code = image.sections.filter(({ executable }) => executable);
   const bytes = code.reduce((sum, { virtualSize }) => sum + virtualSize, 0);
@@ -180,7 +197,7 @@ function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
     site.table === undefined ? '' : hex(site.table),
     site.proven ? String(site.entries) : '-',
     site.proven && fitsHandler(site) ? `${seedHandlerSize(site.entries)} B` : '-',
-    site.proven ? 'proven' : `refused: ${REASONS[site.reason]}`,
+    site.proven ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
     rows.reduce((width, row) => Math.max(width, row[index]!.length), column.length),
@@ -212,7 +229,7 @@ function summaryText(summary: Summary): string {
     ]);
   }
   for (const [reason, number] of Object.entries(refused)) {
-    lines.push(['  refused', `${number}: ${REASONS[reason as RefusalReason]}`]);
+    lines.push(['  refused', `${number}: ${LOAD_REFUSALS[reason as RefusalReason]}`]);
   }
   if (notInCode > 0)
     lines.push(['switch tables elsewhere', `${notInCode}: reads of them never trap, nothing to do`]);

@@ -3,11 +3,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { Attachment } from '../attachment/attachment.js';
+import { assertFunctionsKnown } from '../attachment/known-functions.js';
 import { MemtablesError } from '../errors.js';
 import { type GuestArtefacts, readGuestArtefacts } from '../guest/artefacts.js';
 import { predictChecksum } from '../guest/workload-model.js';
 import type { HostStatistics } from '../host/statistics-client.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
+import { loadProfile } from '../nt/profile.js';
 import { EmbeddedHost } from './embedded-host.js';
 import { fullSweeps, type Phase, phaseBetween, secondsBetween, sum } from './phase.js';
 import { unlessAborted } from './unless-aborted.js';
@@ -77,6 +79,7 @@ export async function runDemo(
   signal: AbortSignal,
 ): Promise<DemoResult> {
   const artefacts = readGuestArtefacts();
+  assertFunctionsKnown(options.hooks ?? [], loadProfile(artefacts.profilePath));
   const directory = mkdtempSync(join(tmpdir(), 'memtables-'));
   try {
     const socket = join(directory, 'kvmi');

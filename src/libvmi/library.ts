@@ -40,7 +40,7 @@ export function loadLibvmi(path: string | undefined): Libvmi {
   // The version first: another libvmi may well lack functions, and its version says more than their names.
   if (!missing.includes('vmi_events_version')) checkVersion(chosen, functions.vmi_events_version());
   if (missing.length > 0) {
-    throw new MemtablesError('LIBRARY_INCOMPATIBLE', `${chosen} lacks ${missing.join(', ')}`, {
+    throw new MemtablesError('LIBRARY_INCOMPATIBLE', `${chosen} lacks functions of libvmi`, {
       remedy: 'Name a libvmi 0.15 that was built with its KVM driver and events, or use the bundled library.',
       context: { path: chosen, missing },
     });
@@ -57,11 +57,16 @@ function open(path: string): LibraryHandle {
       remedy:
         path === BUNDLED_LIBRARY
           ? 'Run `npm run setup`, which builds it.'
-          : `Check --libvmi and ${LIBRARY_VARIABLE}, and that the libraries it needs can be found (ldd).`,
+          : `Check --libvmi and ${LIBRARY_VARIABLE}${orHere(path)}, and that the libraries it needs can be found (ldd).`,
       context: { path },
       cause,
     });
   }
+}
+
+/** The dynamic linker looks such a name up in its own folders only. */
+function orHere(path: string): string {
+  return path.includes('/') ? '' : ` (a file in this folder is ./${path})`;
 }
 
 function checkVersion(path: string, version: number | bigint): void {

@@ -65,16 +65,32 @@ describe('a hook is refused, and the hook before it is taken back:', () => {
     const { code, stdout, stderr } = await run(host.attach(...HOOK, '--hook', `nt!${name}`));
     expect(stdout).toContain('hooked nt!NtQuerySystemInformation');
     expect(stderr).toContain(`memtables: nt!${name} cannot be hooked: `);
-    expect(stderr).toMatch(/ {2}reason: (call|branch|branch-target|too-short|pageable|not-code)\n/);
+    expect(stderr).toMatch(
+      / {2}reason: (call|branch|branch-target|too-short|pageable|not-code), which means: .+\n/,
+    );
     expect(stderr).toContain('what to do: ');
     expect(code).toBe(6);
   });
+});
 
-  test('a function that is not there', async () => {
-    const { code, stderr } = await run(host.attach(...HOOK, '--hook', 'nt!NoSuchFunction'));
-    expect(stderr).toContain('no symbol NoSuchFunction [SYMBOL_NOT_FOUND]');
-    expect(stderr).toContain('what to do: Check the spelling');
+describe('what is wrong is said before anything waits for the hypervisor:', () => {
+  test('a function that the profile does not have, with what there is', async () => {
+    const { code, stderr } = await run(host.attach(...HOOK, '--hook', 'nt!NtCreatefile'));
+    expect(stderr).toContain('no symbol NtCreatefile [SYMBOL_NOT_FOUND]');
+    expect(stderr).toContain('what to do: Check the spelling; there is NtCreateFile.');
+    expect(stderr).not.toContain('waiting');
     expect(code).toBe(5);
+  });
+
+  test.each([
+    ['a library', ['--libvmi', '/nowhere.so'], 'LIBRARY_NOT_LOADED'],
+    ['a journal', ['--journal', '/nowhere/journal'], 'JOURNAL_FAILED'],
+    ['a socket', ['-s', '/nowhere/kvmi'], 'INVALID_ARGUMENT'],
+    ['a profile', ['-j', '/nowhere.json'], 'FILE_UNREADABLE'],
+  ])('%s', async (_what, args, code) => {
+    const { stderr } = await run([...host.attach(...HOOK), ...args]);
+    expect(stderr).toContain(`[${code}]`);
+    expect(stderr).not.toContain('waiting');
   });
 });
 

@@ -1,6 +1,7 @@
 import { execFileSync, spawnSync } from 'node:child_process';
 import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest';
 import { readGuestArtefacts } from '../../src/guest/artefacts.js';
 import { loadGuest } from '../../src/guest/loader.js';
@@ -89,20 +90,34 @@ describe('a tool that is killed', () => {
       before: expect.stringMatching(/^(00)+$/),
     });
 
+    // A change is not gone because the guest has changed a byte of it.
+    const [change] = changesIn(host.journal);
+    const after = `${change!.after}`.replace(/^../, '0f');
+    writeFileSync(host.journal, left.toString().replace(`"after":"${change!.after}"`, `"after":"${after}"`));
+    const edited = readFileSync(host.journal);
+
     const next = await run(host.attach(...HOOK));
     expect(next.stderr).toContain("an earlier run's changes are still in the guest");
     expect(next.stderr).toContain('[JOURNAL_FAILED]');
     expect(next.stderr).toContain('what to do: Restart the guest, or put the bytes back');
     expect(next.code).toBe(3);
-    expect(readFileSync(host.journal).equals(left)).toBe(true);
+    expect(readFileSync(host.journal).equals(edited)).toBe(true);
     await host.expectReleased();
   });
 
   test('leaves a journal that is of no concern to a guest that was restarted', async () => {
     const host = await startHost();
     const path = join(host.directory, 'old');
-    const write = { type: 'write', id: 1, owner: 'x', gpa: '0x1000', before: '00', after: 'e90badf00d' };
-    writeFileSync(path, `{"type":"journal","version":1,"guest":"embedded"}\n${JSON.stringify(write)}\n`);
+    const header = '{"type":"journal","version":1,"guest":"embedded","kernelBase":"0x1000","pdb":"x"}';
+    const write = {
+      type: 'write',
+      id: 1,
+      owner: 'x',
+      gpa: '0x1000',
+      before: '0badf00d01',
+      after: 'e90badf00d',
+    };
+    writeFileSync(path, `${header}\n${JSON.stringify(write)}\n`);
     const { code } = await run(host.attach(...HOOK, '-t', '0.1', '--journal', path));
     expect(code).toBe(0);
     expect(existsSync(path)).toBe(false);
@@ -148,11 +163,57 @@ describe('slack', () => {
   });
 });
 
+/** The bundled library, except that writes to the guest fail: those from the one that `FAIL_FROM` names, and `FAIL_ONE`. */
+const FAILING = `
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+typedef uint32_t (*write_pa)(void *, uint64_t, size_t, void *, size_t *);
+static int left(const char *variable, int count) { return getenv(variable) ? atoi(getenv(variable)) - count : 1; }
+uint32_t vmi_write_pa(void *vmi, uint64_t at, size_t size, void *bytes, size_t *done) {
+  static int count;
+  count++;
+  if (left("FAIL_ONE", count) == 0 || left("FAIL_FROM", count) <= 0) return 1;
+  return ((write_pa)dlsym(dlopen(getenv("BUNDLED"), RTLD_NOW), "vmi_write_pa"))(vmi, at, size, bytes, done);
+}`;
+const BUNDLED = fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url));
+
 const compiler = spawnSync('cc', ['--version']).status === 0;
 if (!compiler) {
   // biome-ignore lint/suspicious/noConsole: a skip has to be seen
-  console.warn('SKIPPED: "a library with another ABI" needs a C compiler (cc)');
+  console.warn('SKIPPED: "a library with another ABI" and "undoing fails too" need a C compiler (cc)');
 }
+
+describe.skipIf(!compiler)('undoing fails too, after', () => {
+  /** A hook that is placed takes two writes. */
+  async function attachAndFail(env: Readonly<Record<string, string>>, hook: string) {
+    const host = await startHost();
+    const library = join(host.directory, 'failing.so');
+    const linked = ['-x', 'none', `-Wl,--no-as-needed,-rpath,${dirname(BUNDLED)}`, BUNDLED, '-ldl'];
+    const build = ['-shared', '-fPIC', '-x', 'c', '-', ...linked, '-o', library];
+    execFileSync('cc', build, { input: FAILING });
+    const args = host.attach(...HOOK, '--hook', hook, '--no-relocate', '--libvmi', library);
+    const result = await run(args, { BUNDLED, ...env });
+    expect(result.stderr).toContain(`changes are still in the guest; ${host.journal} lists them`);
+    expect(changesIn(host.journal).length).toBeGreaterThan(0);
+    await host.expectReleased();
+    return result;
+  }
+
+  test('a hook was refused: the guest still holds the one before it, which is what counts', async () => {
+    const { code, stderr } = await attachAndFail({ FAIL_FROM: '3' }, 'nt!NtQueryEaFile');
+    expect(stderr).toContain('memtables: what is in the guest could not be taken back [ROLLBACK_FAILED]');
+    expect(stderr).toContain('cause: nt!NtQueryEaFile cannot be hooked: pageable [HOOK_REFUSED]');
+    expect(code).toBe(7);
+  });
+
+  test('the hypervisor had failed while a hook was placed', async () => {
+    const { code, stderr } = await attachAndFail({ FAIL_ONE: '3', FAIL_FROM: '5' }, 'nt!NtCreateFile');
+    expect(stderr).toContain('could not be taken back [ROLLBACK_FAILED]');
+    expect(stderr).toMatch(/ {2}cause: .*vmi_write_pa.* \[HYPERVISOR_FAILED\]/);
+    expect(code).toBe(7);
+  });
+});
 
 describe('the library', () => {
   let directory: string;
@@ -168,7 +229,15 @@ describe('the library', () => {
   test('is not there', async () => {
     const { code, stderr } = await run(attachWith('/nowhere/libvmi.so'));
     expect(stderr).toContain('[LIBRARY_NOT_LOADED]');
-    expect(stderr).toContain('what to do: Check --libvmi and MEMTABLES_LIBVMI');
+    expect(stderr).toContain('what to do: Check --libvmi and MEMTABLES_LIBVMI, and');
+    expect(code).toBe(3);
+  });
+
+  test('has a name without a slash, which the linker looks for elsewhere', async () => {
+    const { code, stderr } = await run(attachWith('mine.so'));
+    expect(stderr).toContain(
+      'what to do: Check --libvmi and MEMTABLES_LIBVMI (a file in this folder is ./mine.so)',
+    );
     expect(code).toBe(3);
   });
 
