@@ -1,4 +1,5 @@
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -72,11 +73,30 @@ describe('a JSON lines socket', () => {
     expect(await ask('x'.repeat(100_000), 1)).toEqual([]);
   });
 
-  it('a socket left by a dead process is replaced, another file is not', async () => {
-    const again = await serveJsonLines(path, answers);
+  it('a socket left by a dead process is replaced', async () => {
+    const left = join(directory, 'left');
+    const listens = `require('node:net').createServer().listen(${JSON.stringify(left)}, () => process.kill(process.pid, 9))`;
+    spawnSync(process.execPath, ['-e', listens]);
+    expect(statSync(left).isSocket()).toBe(true);
+    const again = await serveJsonLines(left, answers);
     await again();
+  });
+
+  it('that of a process that is alive is not, nor is a file', async () => {
+    await expect(serveJsonLines(path, answers)).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: `another process listens on ${path}`,
+    });
+    expect(await ask('{"cmd":"one"}\n', 1)).toEqual([{ value: 1 }]);
     const file = join(directory, 'file');
     writeFileSync(file, 'mine');
     await expect(serveJsonLines(file, answers)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+    expect(readFileSync(file, 'utf8')).toBe('mine');
+  });
+
+  it('a directory that is not there is said', async () => {
+    await expect(serveJsonLines(join(directory, 'missing', 'stats'), answers)).rejects.toMatchObject({
+      message: expect.stringContaining(`lies in ${join(directory, 'missing')}, which is not a directory`),
+    });
   });
 });

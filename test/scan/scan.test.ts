@@ -76,6 +76,7 @@ handlers of all          102 bytes
     expect(records).toEqual([
       {
         type: 'site',
+        file: path,
         rva: rva('load'),
         section: '.text',
         form: 'one-level',
@@ -94,6 +95,7 @@ handlers of all          102 bytes
       },
       {
         type: 'site',
+        file: path,
         rva: rva('unguarded'),
         section: '.text',
         form: 'one-level',
@@ -221,16 +223,26 @@ describe('memtables scan, as a process', () => {
       'GUEST_UNSUPPORTED',
     ],
   ] as [string, () => string, number, string][])('%s', (_, make, code, error) => {
-    const { status, stdout, stderr } = command(make());
+    const file = make();
+    const { status, stdout, stderr } = command(file);
     expect({ status, stdout }).toEqual({ status: code, stdout: '' });
-    expect(stderr).toContain(`[${error}]`);
+    expect(stderr).toMatch(new RegExp(`^memtables: .*${file}.* \\[${error}\\]\n`));
     expect(stderr).toContain('what to do: ');
     expect(stderr).not.toContain('internal error');
   });
 
+  it('several files: one after the other, and one that is wrong does not stop the others', () => {
+    const absent = join(directory, 'absent.dll');
+    const { status, stdout, stderr } = command(path, absent, path);
+    expect(stdout).toBe(`${scan(path)}\n${scan(path)}`);
+    expect(stderr).toContain(absent);
+    expect(status).toBe(2);
+    const records = command('--json', path, path).stdout.trimEnd().split('\n');
+    expect(records.map((line) => JSON.parse(line).file)).toEqual(Array(6).fill(path));
+  });
+
   it.each([
     ['no file', []],
-    ['two files', [path, path]],
     ['an unknown option', ['--fast', path]],
   ])('%s: exit code 2, and the way to the help', (_, parameters) => {
     const { status, stderr } = command(...parameters);
