@@ -107,7 +107,7 @@ program
     `
 Example, in two terminals:
   memtables host --socket /tmp/kvmi
-  memtables attach -n embedded -s /tmp/kvmi -j build/guest/ntoskrnl.json --hook nt!NtCreateFile -t 10
+  memtables attach -n embedded -s /tmp/kvmi -j build/guest/ntoskrnl.json --hook nt!ExAllocatePoolWithTag -t 10
 
 docs/host-statistics.md says what the statistics channel answers.`,
   )
@@ -155,7 +155,7 @@ program
     'after',
     `
 Example:
-  memtables attach -n my-vm -s /run/introspection.sock -j ntkrnlmp.json --hook nt!NtCreateFile
+  memtables attach -n my-vm -s /run/introspection.sock -j ntkrnlmp.json --hook nt!ExAllocatePoolWithTag
 
 The hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; a second Ctrl-C ends at once and may
 leave changes in the guest. The journal is removed by a clean unload; one that stays lists what is left.

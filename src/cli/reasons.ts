@@ -43,7 +43,7 @@ const HANDLER_REFUSALS: Partial<Record<SeedRefusal, string>> = {
 };
 
 /** Why a load is left alone in a running guest, besides `LOAD_REFUSALS`. */
-const RELOCATION_REFUSALS: Readonly<Record<string, string>> = {
+export const RELOCATION_REFUSALS: Readonly<Record<string, string>> = {
   ...INSTABILITIES,
   ...HANDLER_REFUSALS,
   'outside-sections': 'it lies in no section of the kernel image',

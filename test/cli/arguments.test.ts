@@ -26,7 +26,7 @@ describe('an argument that cannot be is said on stderr, before anything is done:
     { args: [...ATTACH, '--hook', 'nt!A', '--hook', 'nt!A'], says: 'Name each function once' },
     { args: [...ATTACH, '--hook', 'nt!A', '-t', 'soon'], says: 'Expected a number of seconds' },
     { args: [...ATTACH, '--hook', 'nt!A', '--threshold', '-1'], says: 'from 1 to 1000000' },
-    { args: ['scan'], says: "missing required argument 'file'" },
+    { args: ['scan'], says: "missing required argument 'files'" },
     { args: ['scan', '/nowhere.exe'], says: '[FILE_UNREADABLE]' },
   ])('memtables $args', async ({ args, says }) => {
     const { code, stdout, stderr } = await run(args);
