@@ -102,11 +102,6 @@ export class Engine {
     });
   }
 
-  /** True when `work` has something to do. */
-  get hasWork(): boolean {
-    return this.#monitor.hasWork;
-  }
-
   /**
    * The work step: deals with the guest's writes to hidden bytes, and relocates the next hot load. To be called
    * between two listens, for as long as there is work.
