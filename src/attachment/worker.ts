@@ -22,6 +22,9 @@ import {
 } from './protocol.js';
 import { undoFailed } from './undo-failed.js';
 
+/** A guest can make work without end; what is left is done between two listens. */
+const MOST_STEPS = 10_000;
+
 /** How long a listen waits where nothing happens; commands are taken between two listens. */
 const LISTEN_MS = 20;
 
@@ -158,7 +161,7 @@ function perform(session: Hypervisor, engine: Engine, command: Command): Answers
     case 'relocate':
       engine.relocating = command.enabled;
       // What is hot already is relocated before the answer.
-      while (engine.hasWork) {
+      for (let steps = 0; engine.hasWork && steps < MOST_STEPS; steps++) {
         session.listen(0);
         engine.work();
       }

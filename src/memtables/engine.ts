@@ -77,6 +77,7 @@ export class Engine {
     return this.#loaded;
   }
 
+  /** True when `work` has something to do. */
   get hasWork(): boolean {
     return this.#monitor.hasWork;
   }
