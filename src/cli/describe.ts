@@ -13,7 +13,7 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       case 'relocated':
         return `relocated ${event.form} load at ${hex(event.site)} (${plural(event.entries, 'entry', 'entries')}) to ${hex(event.handler)} after ${event.hits} hits`;
       case 'refused':
-        return `left the load at ${hex(event.site)} alone: ${loadRefusal(event.reason) ?? event.reason} [${event.reason}]`;
+        return `left the load at ${hex(event.site)} alone: ${inWords(event.reason)}`;
       case 'taken-back':
         return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
       case 'unload-blocked': {
@@ -23,6 +23,11 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       }
     }
   };
+}
+
+function inWords(reason: string): string {
+  const words = loadRefusal(reason);
+  return words === undefined ? reason : `${words} [${reason}]`;
 }
 
 export function counts(byName: Readonly<Record<string, number>>): string {

@@ -117,7 +117,8 @@ async function attachAndMeasure(
       measure(options, progress, artefacts, host, attachment, imageBefore, signal),
     );
   } finally {
-    // Whatever has failed, the guest gets its bytes back; after a good run that has been done.
+    // Whatever has failed, the guest gets its bytes back; after a good run that has been done. One that does not ends
+    // with the demo.
     await attachment.unload().catch(() => {});
   }
 }
