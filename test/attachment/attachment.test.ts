@@ -84,10 +84,9 @@ describe('an attachment', () => {
     expect(relocated).toEqual([]);
     await attachment.setRelocation(true);
     const atOnce = relocated.length;
-    const { tableLoads, relocations } = await attachment.statistics();
-    expect([atOnce > 0, tableLoads > 100]).toEqual([true, true]);
-    expect(relocations).toBeGreaterThanOrEqual(atOnce);
     await attachment.unload();
+    // All of them, however many the engine does in one step.
+    expect(atOnce).toBeGreaterThan(1);
   });
 
   test('carries an error’s cause across threads', async () => {
