@@ -1,6 +1,6 @@
 // What the words mean that say why something was left as it is; docs/refusals.md lists them.
 import type { SeedRefusal } from '../handlers/seed.js';
-import type { DetourRefusal } from '../hooks/detour.js';
+import type { HookRefusal } from '../memtables/hooks.js';
 import type { Instability } from '../slack/regions.js';
 import type { RefusalReason } from '../switches/table.js';
 
@@ -56,7 +56,7 @@ export const RELOCATION_REFUSALS: Readonly<Record<string, string>> = {
 };
 
 /** Why a function is not hooked. */
-export const HOOK_REFUSALS: Readonly<Record<DetourRefusal | Instability, string>> & Record<string, string> = {
+export const HOOK_REFUSALS: Readonly<Record<HookRefusal, string>> = {
   'too-short': 'the function, or its way to a return, is shorter than the jump that would replace its start',
   undecodable: 'some of its bytes are no instruction, so that its branches are not known',
   call: 'it calls another function in the bytes to replace, and would return into our code',
@@ -68,11 +68,13 @@ export const HOOK_REFUSALS: Readonly<Record<DetourRefusal | Instability, string>
   'jump-out-of-range': 'the slack is more than 2 GB away',
   'operand-out-of-range': 'an operand is more than 2 GB away from the slack',
   ...INSTABILITIES,
-  'in-use': 'threads kept standing in its first instructions',
+  'in-use': 'threads kept standing in its first instructions, or could not be looked at',
   'overlaps-relocation': 'a table load among its first instructions has been relocated',
   'hooked-already': 'it has a hook',
   'not-code': 'it lies in no section with code: it is data',
   'not-a-function-start': 'it lies inside a function',
+  'too-large': 'it is larger than any function is expected to be',
+  'not-in-memory': 'a part of it is not in memory',
 };
 
 const TABLE_PREFIX = 'table-';

@@ -1,12 +1,12 @@
 import { MemtablesError } from '../errors.js';
-import { type DetourPlan, MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
+import { type DetourPlan, type DetourRefusal, MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
 import { surveyFunction } from '../hooks/survey.js';
 import type { Kernel } from '../nt/kernel.js';
 import type { FunctionTable } from '../nt/pdata.js';
 import type { Section } from '../nt/pe.js';
 import { scanGuest } from '../safety/scan.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
-import { instabilityOf } from '../slack/regions.js';
+import { type Instability, instabilityOf } from '../slack/regions.js';
 import type { CodeRange } from '../switches/functions.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
@@ -21,6 +21,18 @@ const ATTEMPTS = 200;
 const PAUSE_MS = 10;
 /** The guest is paused while a function is decoded. */
 const MOST_FUNCTION_BYTES = 128 * 1024;
+
+/** Why a function cannot be hooked. */
+export type HookRefusal =
+  | DetourRefusal
+  | Instability
+  | 'not-code'
+  | 'not-a-function-start'
+  | 'too-large'
+  | 'not-in-memory'
+  | 'hooked-already'
+  | 'overlaps-relocation'
+  | 'in-use';
 
 interface CodePart {
   readonly gva: Gva;
@@ -149,7 +161,12 @@ export class Hooks {
   }
 }
 
-function refused(name: string, reason: string, remedy: string, inTheWay?: readonly string[]): MemtablesError {
+function refused(
+  name: string,
+  reason: HookRefusal,
+  remedy: string,
+  inTheWay?: readonly string[],
+): MemtablesError {
   return new MemtablesError('HOOK_REFUSED', `${name} cannot be hooked: ${reason}`, {
     remedy,
     context: { function: name, reason, ...(inTheWay && { inTheWay }) },
