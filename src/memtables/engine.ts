@@ -180,7 +180,7 @@ export class Engine {
   /** What the guest has written over is the guest's: the redirection it belonged to is taken back. */
   #takeBackOverwritten(): void {
     const retired = new Set<Redirection>();
-    const writes = this.#monitor.takeWrites();
+    const { writes } = this.#monitor;
     const overwritten =
       writes === 'unknown'
         ? this.#patcher.reconcileAll()
@@ -189,6 +189,8 @@ export class Engine {
       const redirection = this.#redirections.ownerOf(change);
       if (redirection !== undefined) retired.add(redirection);
     }
+    // Only now: had something failed, a later unload would look at them again.
+    this.#monitor.forgetWrites();
     for (const redirection of retired) {
       this.#redirections.disable(redirection);
       for (const site of this.#sites.all()) {

@@ -40,7 +40,7 @@ export class Monitor {
   readonly readers = new Map<Gva, number>();
   #relocating = false;
   #queue: Site[] = [];
-  #writes = new Map<string, GuestWrite>();
+  readonly #writes = new Map<string, GuestWrite>();
   /** When the guest last wrote to a trapped frame. */
   #wroteAt = Number.NEGATIVE_INFINITY;
 
@@ -97,11 +97,14 @@ export class Monitor {
     return this.#queue.shift();
   }
 
-  /** The guest's writes to hidden bytes since the last call; `unknown` when there were too many to remember. */
-  takeWrites(): readonly GuestWrite[] | 'unknown' {
-    const writes = this.#writes;
-    this.#writes = new Map();
-    return writes.size > MAX_PENDING_WRITES ? 'unknown' : [...writes.values()];
+  /** The guest's writes to hidden bytes; `unknown` when there were too many to remember. */
+  get writes(): readonly GuestWrite[] | 'unknown' {
+    return this.#writes.size > MAX_PENDING_WRITES ? 'unknown' : [...this.#writes.values()];
+  }
+
+  /** All of `writes` have been dealt with. */
+  forgetWrites(): void {
+    this.#writes.clear();
   }
 
   /** The decoded instruction, or `undefined` where the guest shows none. */
