@@ -1,4 +1,5 @@
 import { MemtablesError } from '../errors.js';
+import { firstIndex } from '../first-index.js';
 import { DIRECTORY, imageInvalid, type PeImage, viewOf } from './pe.js';
 
 /** A RUNTIME_FUNCTION: a function, or a fragment of one, with addresses relative to the image base. */
@@ -147,14 +148,7 @@ export class FunctionTable {
 
   /** Index of the first entry that begins above `rva`. */
   private upperBound(rva: number): number {
-    let low = 0;
-    let high = this.entries.length;
-    while (low < high) {
-      const middle = (low + high) >>> 1;
-      if (this.entries[middle]!.begin <= rva) low = middle + 1;
-      else high = middle;
-    }
-    return low;
+    return firstIndex(this.entries, ({ begin }) => begin > rva);
   }
 }
 

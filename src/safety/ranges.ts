@@ -1,4 +1,5 @@
 import { MemtablesError } from '../errors.js';
+import { firstIndex } from '../first-index.js';
 import type { Gva } from '../vmi/address.js';
 
 /** Bytes that are about to change or to go away; a live pointer into them must not exist then. */
@@ -41,14 +42,8 @@ export class RangeSet {
   }
 
   find(value: Gva): LiveRange | undefined {
-    let low = 0;
-    let high = this.ranges.length;
-    while (low < high) {
-      const middle = (low + high) >>> 1;
-      if (this.ranges[middle]!.start <= value) low = middle + 1;
-      else high = middle;
-    }
-    for (let index = low - 1; index >= 0 && this.reach[index]! > value; index--) {
+    const behind = firstIndex(this.ranges, ({ start }) => start > value);
+    for (let index = behind - 1; index >= 0 && this.reach[index]! > value; index--) {
       if (value < this.ranges[index]!.end) return this.ranges[index];
     }
     return undefined;

@@ -1,3 +1,4 @@
+import { firstIndex } from '../first-index.js';
 import { type ImageBytes, viewOf } from '../nt/pe.js';
 import {
   Disassembler,
@@ -80,13 +81,8 @@ export class Analysis {
   /** Whether a table begins in `[begin, end)`. For a finished analysis. */
   tableBetween(begin: number, end: number): boolean {
     this.tables ??= this.tableAddresses();
-    let [low, high] = [0, this.tables.length];
-    while (low < high) {
-      const middle = (low + high) >>> 1;
-      if (this.tables[middle]! < begin) low = middle + 1;
-      else high = middle;
-    }
-    return (this.tables[low] ?? end) < end;
+    const first = this.tables[firstIndex(this.tables, (table) => table >= begin)];
+    return first !== undefined && first < end;
   }
 
   private tableAddresses(): number[] {

@@ -1,4 +1,5 @@
 import { MemtablesError } from '../errors.js';
+import { firstIndex } from '../first-index.js';
 import type { FunctionTable, RuntimeFunction } from '../nt/pdata.js';
 import { type ImageBytes, viewOf } from '../nt/pe.js';
 
@@ -45,14 +46,7 @@ export function functionAt(image: ImageBytes, table: FunctionTable, rva: number)
 
 /** The one of `ranges`, which ascend and do not overlap, that holds `rva`. */
 export function rangeAt<Range extends CodeRange>(ranges: readonly Range[], rva: number): Range | undefined {
-  let low = 0;
-  let high = ranges.length;
-  while (low < high) {
-    const middle = (low + high) >>> 1;
-    if (ranges[middle]!.end <= rva) low = middle + 1;
-    else high = middle;
-  }
-  const range = ranges[low];
+  const range = ranges[firstIndex(ranges, ({ end }) => end > rva)];
   return range !== undefined && range.begin <= rva ? range : undefined;
 }
 
