@@ -39,7 +39,7 @@ export interface AttachOptions {
   readonly signal?: AbortSignal;
 }
 
-/** The document's threshold. */
+/** The threshold of HVMI's documentation. */
 export const DEFAULT_THRESHOLD = 50;
 export const DEFAULT_UNLOAD_SECONDS = 60;
 

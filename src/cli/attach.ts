@@ -1,4 +1,5 @@
 import { existsSync } from 'node:fs';
+import { aborted } from '../aborted.js';
 import { Attachment, journalOf } from '../attachment/attachment.js';
 import { assertFunctionsKnown } from '../attachment/known-functions.js';
 import { undoFailed } from '../attachment/undo-failed.js';
@@ -9,7 +10,7 @@ import { counts, describeEvents, inMilliseconds, plural } from './describe.js';
 import { EXIT } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
 import { log, type Output } from './output.js';
-import { aborted, stopRequest } from './stop.js';
+import { stopRequest } from './stop.js';
 
 export interface AttachCommandOptions {
   readonly name: string;

@@ -20,11 +20,3 @@ export function stopRequest(atOnce: { readonly code: number; readonly message: s
   }
   return AbortSignal.any([signalled.signal, stdoutBroken]);
 }
-
-/** Resolves when `signal` aborts. */
-export function aborted(signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    if (signal.aborted) resolve();
-    else signal.addEventListener('abort', () => resolve(), { once: true });
-  });
-}

@@ -1,17 +1,18 @@
 // The embedded host: a guest, a KVMI peer as QEMU and KVM are one, and a statistics channel.
 import { randomBytes } from 'node:crypto';
+import { aborted } from '../aborted.js';
 import { type GuestArtefacts, readGuestArtefacts } from '../guest/artefacts.js';
 import { type LoadedGuest, loadGuest } from '../guest/loader.js';
 import { readGuestReport } from '../guest/report.js';
 import { createMachine } from '../machine/create-machine.js';
 import type { Machine } from '../machine/machine.js';
 import { PeImage } from '../nt/pe.js';
+import { isSocketAt } from '../socket-place.js';
 import { snapshotImage } from './image-snapshot.js';
 import { Introspection } from './introspection.js';
 import { serveJsonLines } from './json-lines.js';
 import { KvmiConnection } from './kvmi-connection.js';
 import { RunLoop } from './run-loop.js';
-import { isSocketAt } from './socket-place.js';
 import { hostStatistics } from './statistics.js';
 import { ViolationCounters } from './violation-counters.js';
 
@@ -97,11 +98,4 @@ export async function serveGuest(
     connection.close();
     await stopStatistics();
   }
-}
-
-function aborted(signal: AbortSignal): Promise<void> {
-  return new Promise((resolve) => {
-    if (signal.aborted) resolve();
-    else signal.addEventListener('abort', () => resolve(), { once: true });
-  });
 }

@@ -1,8 +1,8 @@
 // A unix socket that answers JSON lines: one request a line, one answer a line, in order.
 import { chmodSync, rmSync } from 'node:fs';
-import { createServer, type Server, type Socket } from 'node:net';
+import { connect, createServer, type Server, type Socket } from 'node:net';
 import { MemtablesError } from '../errors.js';
-import { isListenedOn, isSocketAt } from './socket-place.js';
+import { isSocketAt } from '../socket-place.js';
 
 /** A request is a few words; a longer line is no request of ours. */
 const MAX_LINE = 4096;
@@ -81,4 +81,19 @@ function answerTo(line: string, answers: Answers): object {
     const code = error instanceof MemtablesError ? error.code : 'INVALID_ARGUMENT';
     return { error: code, message: error instanceof Error ? error.message : String(error) };
   }
+}
+
+/** Whether a process listens on the socket, as far as can be told: one that cannot be asked counts as one. */
+function isListenedOn(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = connect(path);
+    const answer = (listening: boolean) => {
+      probe.destroy();
+      resolve(listening);
+    };
+    probe.once('connect', () => answer(true));
+    probe.once('error', ({ code }: NodeJS.ErrnoException) =>
+      answer(code !== 'ECONNREFUSED' && code !== 'ENOENT'),
+    );
+  });
 }
