@@ -1,13 +1,9 @@
 import { MemtablesError } from '../errors.js';
 import { type Gfn, type Gpa, gfnOf, gpaOfFrame, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import type { HiddenPiece } from '../vmi/hypervisor.js';
 
-/** Bytes of one frame that a reader in the guest must not see as they are. */
-export interface Cloak<Owner> {
-  readonly gpa: Gpa;
-  /** What a reader sees. */
-  readonly original: Uint8Array;
-  /** What is in memory, and is executed. As long as `original`. */
-  readonly current: Uint8Array;
+/** A hidden piece, and whose it is. */
+export interface Cloak<Owner> extends HiddenPiece {
   /** What the change belongs to. Compared by identity. */
   readonly owner: Owner;
 }
@@ -71,6 +67,11 @@ export class CloakMap<Owner> {
   /** The frames that hold a cloak: their reads and writes have to be trapped. */
   frames(): Gfn[] {
     return [...this.#frames.keys()];
+  }
+
+  /** The cloaks of one frame. */
+  on(gfn: Gfn): readonly Cloak<Owner>[] {
+    return this.#frames.get(gfn) ?? [];
   }
 
   isHidden(gpa: Gpa): boolean {

@@ -32,6 +32,7 @@ export type FunctionName = keyof typeof SIGNATURES;
 export const FUNCTION_NAMES = Object.keys(SIGNATURES) as readonly FunctionName[];
 
 export const STATUS_SUCCESS = 0;
+export const MODE_XEN = 0;
 export const MODE_KVM = 1;
 export const INIT_BY_NAME = 1;
 export const INIT_WITH_EVENTS = 4;
@@ -93,7 +94,9 @@ export const ACCESS_EXECUTE = 8;
 
 /** `event_response_t`. */
 export const RESPONSE_NONE = 0;
+export const RESPONSE_EMULATE = 2;
 export const RESPONSE_SET_READ_DATA = 8;
+export const RESPONSE_TOGGLE_SINGLE_STEP = 32;
 
 /** `emul_read_t`. */
 export const READ_DATA = { size: 264, length: 0, dontFree: 4, bytes: 8, capacity: 256 } as const;

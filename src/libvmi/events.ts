@@ -1,9 +1,10 @@
 import koffi from 'koffi';
 import { MemtablesError } from '../errors.js';
 import { type Gpa, type Gva, gpaOfFrame } from '../vmi/address.js';
-import type { Violation, ViolationHandler } from '../vmi/hypervisor.js';
+import type { HiddenMemory, ViolationHandler } from '../vmi/hypervisor.js';
 import type { GprName } from '../x86/registers.js';
 import * as abi from './abi.js';
+import type { Answering, Response, TrappedAccess } from './answering.js';
 import { NativeBlock } from './native-block.js';
 import type { Heartbeat } from './watchdog.js';
 
@@ -14,25 +15,27 @@ const CALLBACK = koffi.pointer(koffi.proto('uint32_t', ['void *', 'void *']));
  * They stay registered until the session ends.
  *
  * One answers every EPT violation, of any frame and any access (two that overlap would both answer). The other
- * answers single steps; it starts none, and nothing here does.
+ * answers single steps; it starts none.
  */
 export class SessionEvents {
-  handler: ViolationHandler | undefined;
+  #handler: ViolationHandler | undefined;
   /** How many events have been answered so far. */
   answered = 0;
   readonly #violation = new NativeBlock(abi.EVENT.size);
   readonly #singleStep = new NativeBlock(abi.EVENT.size);
   readonly #readData = new NativeBlock(abi.READ_DATA.size);
   readonly #callback: bigint;
+  readonly #answering: Answering;
   #open: OpenViolation | undefined;
   /** The first of what the handler threw and nobody has heard of yet. */
   #failure: { readonly error: unknown } | undefined;
 
-  constructor(vcpuCount: number, heartbeat: Heartbeat) {
+  constructor(vcpuCount: number, heartbeat: Heartbeat, answering: Answering) {
+    this.#answering = answering;
     this.#callback = koffi.register((_instance: bigint, event: bigint) => {
       heartbeat.beat();
       this.answered++;
-      return event === this.#violation.address ? this.#answerViolation() : abi.RESPONSE_NONE;
+      return event === this.#violation.address ? this.#answerViolation() : this.#answerStep();
     }, CALLBACK);
     for (const event of [this.#violation, this.#singleStep]) {
       event.setU32(abi.EVENT.version, abi.EVENTS_VERSION);
@@ -53,6 +56,11 @@ export class SessionEvents {
     return [this.#violation.address, this.#singleStep.address];
   }
 
+  setHandler(handler: ViolationHandler | undefined, hidden: HiddenMemory | undefined): void {
+    this.#handler = handler;
+    this.#answering.hidden = hidden;
+  }
+
   get inHandler(): boolean {
     return this.#open !== undefined;
   }
@@ -71,36 +79,51 @@ export class SessionEvents {
 
   /** Runs inside the library: must return an answer whatever happens. */
   #answerViolation(): number {
-    if (this.handler === undefined) return abi.RESPONSE_NONE;
+    const violation = new OpenViolation(this.#violation);
+    this.#open = violation;
     try {
-      this.#open = new OpenViolation(this.#violation);
-      const data = this.handler(this.#open);
-      return data === undefined ? abi.RESPONSE_NONE : this.#substitute(data);
+      return this.#respond(this.#answering.answer(violation, () => this.#ask(violation)));
     } catch (error) {
       this.#failure ??= { error };
-      return abi.RESPONSE_NONE;
+      return this.#answering.completed(violation).flags;
     } finally {
-      this.#open?.close();
+      violation.close();
       this.#open = undefined;
     }
   }
 
-  #substitute(data: Uint8Array): number {
+  #answerStep(): number {
+    try {
+      return this.#answering.stepped(this.#singleStep.u32(abi.EVENT.vcpu)).flags;
+    } catch (error) {
+      this.#failure ??= { error };
+      return abi.RESPONSE_NONE;
+    }
+  }
+
+  #ask(violation: OpenViolation): Uint8Array | undefined {
+    const data = this.#handler?.(violation);
     // libvmi leaves an event with more data unanswered; with none, the guest would see its real bytes.
-    if (data.length === 0 || data.length > abi.READ_DATA.capacity) {
+    if (data !== undefined && (data.length === 0 || data.length > abi.READ_DATA.capacity)) {
       throw new MemtablesError('INVALID_ARGUMENT', `a read was answered with ${data.length} bytes`, {
         remedy: `Answer with 1 to ${abi.READ_DATA.capacity} bytes.`,
         context: { length: data.length },
       });
     }
-    this.#readData.setU32(abi.READ_DATA.length, data.length);
-    this.#readData.bytes.set(data, abi.READ_DATA.bytes);
-    this.#violation.setU64(abi.EVENT.registersOrReadData, this.#readData.address);
-    return abi.RESPONSE_SET_READ_DATA;
+    return data;
+  }
+
+  #respond({ flags, data }: Response): number {
+    if (data !== undefined) {
+      this.#readData.setU32(abi.READ_DATA.length, data.length);
+      this.#readData.bytes.set(data, abi.READ_DATA.bytes);
+      this.#violation.setU64(abi.EVENT.registersOrReadData, this.#readData.address);
+    }
+    return flags;
   }
 }
 
-class OpenViolation implements Violation {
+class OpenViolation implements TrappedAccess {
   readonly vcpu: number;
   readonly rip: Gva;
   readonly gva: Gva;
@@ -123,6 +146,10 @@ class OpenViolation implements Violation {
     this.execute = (access & abi.ACCESS_EXECUTE) !== 0;
   }
 
+  get pageTable(): bigint {
+    return this.#load('cr3');
+  }
+
   register(name: GprName): bigint {
     return this.#load(name);
   }
@@ -131,7 +158,7 @@ class OpenViolation implements Violation {
     this.#registers = undefined;
   }
 
-  #load(name: GprName | 'rip'): bigint {
+  #load(name: GprName | 'rip' | 'cr3'): bigint {
     if (this.#registers === undefined) {
       throw new MemtablesError('INVALID_ARGUMENT', `${name} was read after its violation had been answered`, {
         remedy: 'Read registers while the violation is being handled.',

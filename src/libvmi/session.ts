@@ -1,21 +1,23 @@
 import { MemtablesError } from '../errors.js';
 import { type Gfn, type Gpa, type Gva, gpaOfFrame, hex, PAGE_SIZE } from '../vmi/address.js';
-import type { Hypervisor, ViolationHandler } from '../vmi/hypervisor.js';
+import type { HiddenMemory, Hypervisor, ViolationHandler } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
+import { type Answering, KvmAnswering } from './answering.js';
 import { NativeCalls } from './calls.js';
 import { cutConnection } from './cut.js';
 import { SessionEvents } from './events.js';
-import { type Argument, loadLibvmi } from './library.js';
+import { type Argument, type Libvmi, loadLibvmi } from './library.js';
 import { NativeBlock } from './native-block.js';
 import { prepareSocketPath, removeSocket } from './socket-path.js';
 import { Heartbeat } from './watchdog.js';
+import { type GuestControl, XenAnswering } from './xen-answering.js';
 
 export interface SessionOptions {
   /** The VM's name, as libvmi knows it. */
   readonly name: string;
-  /** The unix socket to listen on; the hypervisor connects to it. */
-  readonly socket: string;
+  /** On KVM: the unix socket to listen on; the hypervisor connects to it. Without it the VM runs on Xen. */
+  readonly socket?: string;
   /** A library with libvmi's C ABI; see `loadLibvmi`. */
   readonly libraryPath?: string;
   /** Where a `Watchdog` in another thread sees the native calls; from `createHeartbeat`. */
@@ -31,13 +33,17 @@ const PAGE_TABLE_MASK = 0x000f_ffff_ffff_f000n;
 const VIRTUAL_BITS = 48;
 /** Vcpus report one event at a time; a drained guest is silent after a round or two. */
 const MAX_DRAIN_ROUNDS = 100;
-/** KVM has one view of memory unless more are made. */
+/** How long a vCPU may take for one instruction, and between two looks at it. */
+const STEP_MS = 10_000;
+const STEP_LISTEN_MS = 20;
+const CR4_LA57 = 1n << 12n;
+/** A VM has one view of memory unless more are made. */
 const DEFAULT_VIEW = 0;
 
 const REGISTERS = Object.entries(abi.REGISTER_OFFSETS) as readonly [keyof Registers, number][];
 
 /**
- * Attaches to the VM `name`: listens on `socket` and waits about 10 seconds for the hypervisor to connect.
+ * Attaches to the VM `name`; on KVM it listens on `socket` and waits about 10 seconds for the hypervisor to connect.
  *
  * @throws MemtablesError `INVALID_ARGUMENT` for a name or socket that cannot be, what `loadLibvmi` throws,
  * `ATTACH_FAILED` when nobody connects or the VM is unknown, `GUEST_UNSUPPORTED` for a guest without 4-level paging
@@ -49,8 +55,13 @@ export function openSession(options: SessionOptions): LibvmiSession {
       context: { name: options.name },
     });
   }
-  prepareSocketPath(options.socket);
-  const calls = new NativeCalls(loadLibvmi(options.libraryPath), new Heartbeat(options.heartbeat));
+  if (options.socket !== undefined) prepareSocketPath(options.socket);
+  return openSessionOn(loadLibvmi(options.libraryPath), options);
+}
+
+/** As `openSession`, on a library that has been loaded, with a name and a socket that have been checked. */
+export function openSessionOn(library: Libvmi, options: SessionOptions): LibvmiSession {
+  const calls = new NativeCalls(library, new Heartbeat(options.heartbeat));
   const session = new LibvmiSession(calls, connect(calls, options), options.socket);
   try {
     session.start();
@@ -63,6 +74,32 @@ export function openSession(options: SessionOptions): LibvmiSession {
 
 /** Returns the `vmi_instance_t`. */
 function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
+  const instance = new NativeBlock(abi.POINTER_SIZE);
+  const reason = new NativeBlock(Uint32Array.BYTES_PER_ELEMENT);
+  const mode = socket === undefined ? abi.MODE_XEN : abi.MODE_KVM;
+  const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
+  const initData = socket === undefined ? null : initDataOf(socket).bytes;
+  try {
+    const status = calls.waitingCall(
+      CONNECT_MS,
+      'vmi_init',
+      instance.bytes,
+      mode,
+      name,
+      flags,
+      initData,
+      reason.bytes,
+    );
+    if (status === abi.STATUS_SUCCESS) return instance.u64(0);
+  } finally {
+    // A hypervisor that came back would be accepted, but without the restrictions and events it had before.
+    if (socket !== undefined) removeSocket(socket);
+  }
+  throw attachFailure(reason.u32(0), calls.library.path, name, socket);
+}
+
+/** `vmi_init_data_t` that names the socket. */
+function initDataOf(socket: string): NativeBlock {
   // The path lies in the same block: nothing else would keep it where the entry points to.
   const path = Buffer.from(`${socket}\0`, 'utf8');
   const initData = new NativeBlock(abi.INIT_DATA.size + path.length);
@@ -70,38 +107,29 @@ function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
   initData.setU64(abi.INIT_DATA.count, 1n);
   initData.setU64(abi.INIT_DATA.entryType, BigInt(abi.INIT_DATA_KVMI_SOCKET));
   initData.setU64(abi.INIT_DATA.entryData, initData.address + BigInt(abi.INIT_DATA.size));
-  const instance = new NativeBlock(abi.POINTER_SIZE);
-  const reason = new NativeBlock(Uint32Array.BYTES_PER_ELEMENT);
-  const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
-  try {
-    const status = calls.waitingCall(
-      CONNECT_MS,
-      'vmi_init',
-      instance.bytes,
-      abi.MODE_KVM,
-      name,
-      flags,
-      initData.bytes,
-      reason.bytes,
-    );
-    if (status === abi.STATUS_SUCCESS) return instance.u64(0);
-  } finally {
-    // A hypervisor that came back would be accepted, but without the restrictions and events it had before.
-    removeSocket(socket);
-  }
-  throw attachFailure(reason.u32(0), calls.library.path, name, socket);
+  return initData;
 }
 
-function attachFailure(code: number, library: string, name: string, socket: string): MemtablesError {
+function attachFailure(
+  code: number,
+  library: string,
+  name: string,
+  socket: string | undefined,
+): MemtablesError {
+  const driver = socket === undefined ? 'Xen' : 'KVM';
   const remedies: Record<number, string> = {
-    [abi.INIT_ERROR_DRIVER]: `Start the hypervisor so that it connects to ${socket}; with libvmi itself, libkvmi and libvirt must be installed.`,
-    [abi.INIT_ERROR_VM_NOT_FOUND]: 'Check the name (virsh list).',
+    [abi.INIT_ERROR_DRIVER]:
+      socket === undefined
+        ? 'Run it in dom0 as root, with the Xen libraries installed that libvmi loads.'
+        : `Start the hypervisor so that it connects to ${socket}; with libvmi itself, libkvmi and libvirt must be installed.`,
+    [abi.INIT_ERROR_VM_NOT_FOUND]: `Check the name (${socket === undefined ? 'xl list' : 'virsh list'}).`,
   };
+  const where = socket === undefined ? 'Xen' : socket;
   return new MemtablesError(
     'ATTACH_FAILED',
-    `could not attach to ${name} on ${socket}: ${abi.INIT_ERRORS[code] ?? `error ${code}`}`,
+    `could not attach to ${name} on ${where}: ${abi.INIT_ERRORS[code] ?? `error ${code}`}`,
     {
-      remedy: remedies[code] ?? `Check that ${library} was built with its KVM driver and events.`,
+      remedy: remedies[code] ?? `Check that ${library} was built with its ${driver} driver and events.`,
       context: { name, socket, library, code },
     },
   );
@@ -118,7 +146,8 @@ export class LibvmiSession implements Hypervisor {
   readonly maxPhysicalAddress: Gpa;
   readonly #calls: NativeCalls;
   readonly #instance: bigint;
-  readonly #socket: string;
+  readonly #socket: string | undefined;
+  readonly #answering: Answering;
   readonly #events: SessionEvents;
   readonly #trapped = new Set<Gfn>();
   readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
@@ -128,12 +157,13 @@ export class LibvmiSession implements Hypervisor {
   #closed = false;
 
   /** Use `openSession`. */
-  constructor(calls: NativeCalls, instance: bigint, socket: string) {
+  constructor(calls: NativeCalls, instance: bigint, socket: string | undefined) {
     this.#calls = calls;
     this.#instance = instance;
     this.#socket = socket;
     this.vcpuCount = calls.call('vmi_get_num_vcpus', instance);
-    this.#events = new SessionEvents(this.vcpuCount, calls.heartbeat);
+    this.#answering = socket === undefined ? new XenAnswering(this.#control()) : new KvmAnswering();
+    this.#events = new SessionEvents(this.vcpuCount, calls.heartbeat, this.#answering);
     this.maxPhysicalAddress = calls.call64('vmi_get_max_physical_address', instance);
   }
 
@@ -142,11 +172,11 @@ export class LibvmiSession implements Hypervisor {
     const mode = this.#call('vmi_init_paging', 0);
     if (mode !== abi.PAGE_MODE_IA32E) {
       this.#assertStillThere();
-      throw new MemtablesError('GUEST_UNSUPPORTED', 'the guest does not run with 4-level paging', {
-        remedy: 'Only 64-bit guests are supported; attach once the guest has booted.',
-        context: { pageMode: mode },
-      });
+      throw unsupportedPaging({ pageMode: mode });
     }
+    // libvmi takes five levels for four.
+    const { cr4 } = this.registers(0);
+    if ((cr4 & CR4_LA57) !== 0n) throw unsupportedPaging({ pageMode: mode, cr4 });
     for (const address of this.#events.addresses) this.#check('vmi_register_event', address);
   }
 
@@ -205,7 +235,10 @@ export class LibvmiSession implements Hypervisor {
   /** Counted: the guest runs again after as many calls of `resume`. */
   pause(): void {
     this.#assertOutsideHandler('pause');
-    if (this.#pauses === 0) this.#check('vmi_pause_vm');
+    if (this.#pauses === 0) {
+      this.#finishStep();
+      this.#check('vmi_pause_vm');
+    }
     this.#pauses++;
   }
 
@@ -234,8 +267,8 @@ export class LibvmiSession implements Hypervisor {
     this.#trapped.delete(gfn);
   }
 
-  onViolation(handler: ViolationHandler | undefined): void {
-    this.#events.handler = handler;
+  onViolation(handler: ViolationHandler | undefined, hidden?: HiddenMemory): void {
+    this.#events.setHandler(handler, hidden);
   }
 
   listen(timeoutMs: number): number {
@@ -246,11 +279,55 @@ export class LibvmiSession implements Hypervisor {
         context: { timeoutMs },
       });
     }
+    return this.#listen(timeoutMs);
+  }
+
+  #listen(timeoutMs: number): number {
     const before = this.#events.answered;
     const status = this.#calls.waitingCall(timeoutMs, 'vmi_events_listen', this.#instance, timeoutMs);
     this.#events.rethrow();
     if (status !== abi.STATUS_SUCCESS) this.#fail('vmi_events_listen');
     return this.#events.answered - before;
+  }
+
+  /** Until an answer that takes several events is through, the guest has to run, and memory is not what it is to be. */
+  #finishStep(): void {
+    const deadline = performance.now() + STEP_MS;
+    while (this.#answering.busy) {
+      if (performance.now() > deadline) {
+        throw new MemtablesError(
+          'HYPERVISOR_STUCK',
+          'a vCPU did not finish the instruction it was to step over',
+          {
+            remedy: 'Check that the hypervisor reports single steps.',
+            context: { limitMs: STEP_MS },
+          },
+        );
+      }
+      this.#listen(STEP_LISTEN_MS);
+    }
+  }
+
+  /** What an answer may do with the guest by itself; no check for being inside a handler, because it is. */
+  #control(): GuestControl {
+    return {
+      isPaused: () => this.#pauses > 0,
+      whilePaused: (change) => {
+        this.#check('vmi_pause_vm');
+        try {
+          change();
+        } finally {
+          this.#check('vmi_resume_vm');
+        }
+      },
+      read: (gpa, length) => {
+        this.flushCaches();
+        return this.readPhysical(gpa, length);
+      },
+      write: (gpa, bytes) => this.#check('vmi_write_pa', gpa, bytes.length, bytes, null),
+      trap: (gfn, access) => this.#setTrappedAccess(gfn, access),
+      translate: (pageTable, gva) => this.translate(pageTable, gva),
+    };
   }
 
   /**
@@ -271,6 +348,8 @@ export class LibvmiSession implements Hypervisor {
   /** Carries out every step, also after one has failed; returns the first failure. */
   #giveBack(): { readonly error: unknown } | undefined {
     const steps = [
+      () => this.#finishStep(),
+      () => this.#answering.end(),
       ...[...this.#trapped].map((gfn) => () => this.releaseAccess(gfn)),
       () => this.#drain(),
       () => {
@@ -355,7 +434,7 @@ export class LibvmiSession implements Hypervisor {
   /** Gives the hypervisor up. One that is silent would be waited for again by every single step of detaching. */
   #leave(): void {
     this.#gone = true;
-    cutConnection(this.#socket);
+    if (this.#socket !== undefined) cutConnection(this.#socket);
   }
 
   #unavailable(): MemtablesError {
@@ -398,6 +477,13 @@ export class LibvmiSession implements Hypervisor {
       },
     );
   }
+}
+
+function unsupportedPaging(context: Record<string, unknown>): MemtablesError {
+  return new MemtablesError('GUEST_UNSUPPORTED', 'the guest does not run with 4-level paging', {
+    remedy: 'Only 64-bit guests with 4-level paging are supported; attach once the guest has booted.',
+    context,
+  });
 }
 
 function refusedInHandler(method: string): MemtablesError {

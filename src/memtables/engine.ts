@@ -69,7 +69,7 @@ export class Engine {
     this.#hooks = new Hooks(hypervisor, kernel, functions, this.#slack, this.#redirections, readOriginal);
     this.#relocator = new Relocator(kernel, functions, this.#slack, this.#redirections, readOriginal);
     this.#unloader = new Unloader(hypervisor, kernel, this.#redirections);
-    hypervisor.onViolation((violation) => this.#monitor.handle(violation));
+    hypervisor.onViolation((violation) => this.#monitor.handle(violation), this.#monitor);
   }
 
   /** False once everything has been taken out of the guest. */

@@ -2,11 +2,12 @@ import { type CloakMap, MAX_ANSWER } from '../cloak/cloak-map.js';
 import { type ErrorCode, MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
 import { checkCandidate } from '../switches/candidate.js';
-import { type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
-import type { Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
+import { type Gfn, type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import type { HiddenMemory, HiddenPiece, Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../x86/instruction.js';
 import type { InstructionCache } from '../x86/instruction-cache.js';
 import { memoryAccess } from '../x86/memory-access.js';
+import { onlyReadOf } from '../x86/only-read.js';
 import type { CodeChange } from './patcher.js';
 import type { Site, SiteTable } from './sites.js';
 
@@ -30,7 +31,7 @@ export interface GuestWrite {
  * Answers EPT violations. It only looks up, counts and answers: what it finds worth doing it queues for the
  * work step, in which the guest is quiescent.
  */
-export class Monitor {
+export class Monitor implements HiddenMemory {
   violations = 0;
   tableLoads = 0;
   staleEvents = 0;
@@ -75,6 +76,25 @@ export class Monitor {
     this.#count(violation, instruction);
     // Never only as much as was decoded: the code at RIP may be another by now than the one that is cached.
     return this.cloaks.answer(violation.gpa, (gpa, length) => this.#readPhysical(gpa, length));
+  }
+
+  readsOnce({ rip, gva }: Violation): boolean {
+    const instruction = this.#instructionAt(rip);
+    const bytes = instruction && onlyReadOf(instruction.bytes);
+    if (bytes === undefined || bytes > MAX_ANSWER) return false;
+    const offset = pageOffset(gva);
+    // At the start of a page it may be the end of a read that begins on the page before.
+    return offset + bytes <= PAGE_SIZE && (offset > 0 || bytes === 1);
+  }
+
+  piecesOn(gfn: Gfn): readonly HiddenPiece[] {
+    return this.cloaks.on(gfn);
+  }
+
+  overwritten({ gpa }: HiddenPiece): void {
+    this.#wroteAt = performance.now();
+    this.cloakedWrites++;
+    this.#rememberWrite({ gpa, length: undefined });
   }
 
   #count(violation: Violation, instruction: Instruction | undefined): void {
@@ -141,8 +161,12 @@ export class Monitor {
     this.instructions.invalidate(gva, reach);
     if (!this.cloaks.touches(gpa, reach)) return;
     this.cloakedWrites++;
+    this.#rememberWrite({ gpa, length });
+  }
+
+  #rememberWrite(write: GuestWrite): void {
     // The one beyond the limit says that there were more.
-    if (this.#writes.size <= MAX_PENDING_WRITES) this.#writes.set(`${gpa} ${length}`, { gpa, length });
+    if (this.#writes.size <= MAX_PENDING_WRITES) this.#writes.set(`${write.gpa} ${write.length}`, write);
   }
 
   /** Rules 0 to 9 of HVMI's documentation; false when the reader is something else. */

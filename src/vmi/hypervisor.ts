@@ -24,6 +24,27 @@ export type ViolationAnswer = Uint8Array | undefined;
 
 export type ViolationHandler = (violation: Violation) => ViolationAnswer;
 
+/** Bytes of one frame that a reader must not see as they are. */
+export interface HiddenPiece {
+  readonly gpa: Gpa;
+  /** What a reader sees. */
+  readonly original: Uint8Array;
+  /** What is in memory, and is executed. As long as `original`. */
+  readonly current: Uint8Array;
+}
+
+/**
+ * What a hypervisor asks that cannot lay an answer over a read by its address (Xen): it then shows the instruction
+ * the original bytes in memory itself.
+ */
+export interface HiddenMemory {
+  /** Whether the instruction of a read violation reads memory once, from `violation.gva` on and on that page only. */
+  readsOnce(violation: Violation): boolean;
+  piecesOn(gfn: Gfn): readonly HiddenPiece[];
+  /** The guest has written to a piece while it was shown; what it wrote was left there. */
+  overwritten(piece: HiddenPiece): void;
+}
+
 /**
  * All that the engine asks of a hypervisor. Every method throws a `MemtablesError` (`HYPERVISOR_FAILED`, or
  * `HYPERVISOR_GONE` once the guest's host has closed the connection) and blocks until it is done.
@@ -57,7 +78,7 @@ export interface Hypervisor {
   releaseAccess(gfn: Gfn): void;
 
   /** Who answers violations. Exactly one; without one every access completes on guest memory. */
-  onViolation(handler: ViolationHandler | undefined): void;
+  onViolation(handler: ViolationHandler | undefined, hidden?: HiddenMemory): void;
   /**
    * Waits up to `timeoutMs` for violations, has the handler answer them and returns how many there were.
    * An exception of the handler is thrown from here, after the event has been answered.

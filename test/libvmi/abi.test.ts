@@ -10,6 +10,7 @@ import * as abi from '../../src/libvmi/abi.js';
 const EXPECTED: Readonly<Record<string, number>> = {
   VMI_EVENTS_VERSION: abi.EVENTS_VERSION,
   VMI_SUCCESS: abi.STATUS_SUCCESS,
+  VMI_XEN: abi.MODE_XEN,
   VMI_KVM: abi.MODE_KVM,
   VMI_INIT_DOMAINNAME: abi.INIT_BY_NAME,
   VMI_INIT_EVENTS: abi.INIT_WITH_EVENTS,
@@ -25,6 +26,8 @@ const EXPECTED: Readonly<Record<string, number>> = {
   VMI_MEMACCESS_W: abi.ACCESS_WRITE,
   VMI_MEMACCESS_X: abi.ACCESS_EXECUTE,
   VMI_EVENT_RESPONSE_NONE: abi.RESPONSE_NONE,
+  VMI_EVENT_RESPONSE_EMULATE: abi.RESPONSE_EMULATE,
+  VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP: abi.RESPONSE_TOGGLE_SINGLE_STEP,
   VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA: abi.RESPONSE_SET_READ_DATA,
   'sizeof(vmi_instance_t)': abi.POINTER_SIZE,
   'sizeof(vmi_init_data_t) + sizeof(vmi_init_data_entry_t)': abi.INIT_DATA.size,

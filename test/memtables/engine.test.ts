@@ -41,7 +41,7 @@ describe('engine on the embedded guest', () => {
     engine.relocating = true;
     const sweeps = guest.report().integrity.sweeps;
     serve(
-      guest,
+      guest.hypervisor,
       engine,
       () => relocations(events).length > 20 && guest.report().integrity.sweeps > sweeps + 1n,
     );
@@ -62,7 +62,7 @@ describe('engine on the embedded guest', () => {
     const guest = EmbeddedGuest.boot({ seed: 14 });
     const { engine, events } = guest.attach({ threshold: 5 });
     hookAll(guest, engine);
-    serve(guest, engine, () => engine.statistics().tableLoads > 1000);
+    serve(guest.hypervisor, engine, () => engine.statistics().tableLoads > 1000);
     expect(relocations(events)).toEqual([]);
     engine.relocating = true;
     workAll(engine);
@@ -88,7 +88,11 @@ describe('engine on the embedded guest', () => {
     const lookAlikes = () => guest.report().switches['look-alike'];
     const start = lookAlikes();
     const rounds = 16n * BigInt(tables.length);
-    serve(guest, engine, () => lookAlikes() > start + rounds && wanted.every((rva) => done().has(rva)));
+    serve(
+      guest.hypervisor,
+      engine,
+      () => lookAlikes() > start + rounds && wanted.every((rva) => done().has(rva)),
+    );
     expect([...done()].sort()).toEqual([...wanted].sort());
 
     const reasons: Record<RefusalHazard, string> = {
@@ -133,7 +137,7 @@ describe('engine on the embedded guest', () => {
     const { engine, events } = guest.attach({ threshold: 20 });
     hookAll(guest, engine);
     engine.relocating = true;
-    serve(guest, engine, () => relocations(events).length > 5);
+    serve(guest.hypervisor, engine, () => relocations(events).length > 5);
     // In a work step for each violation, a site is relocated at the first hit above the threshold.
     for (const { hits } of relocations(events)) expect(hits).toBe(21);
     engine.unload();
@@ -320,7 +324,7 @@ describe('engine on the embedded guest', () => {
     // Hold back the first violation of a one-level site, as a vCPU inside the hypervisor's emulator would.
     guest.hypervisor.holdBack = ({ rip }) => loads.has(rip);
     engine.relocating = true;
-    serve(guest, engine, () =>
+    serve(guest.hypervisor, engine, () =>
       relocations(events).some(({ site }) => site === guest.hypervisor.heldBack?.rip),
     );
     const held = guest.hypervisor.heldBack!;
@@ -395,7 +399,7 @@ describe('whatever call fails', () => {
     const failing = failingHypervisor(guest.hypervisor);
     const { engine, journal, events } = guest.attach({ hypervisor: failing.hypervisor, threshold: 2 });
     hookAll(guest, engine);
-    serve(guest, engine, () => engine.statistics().tableLoads > 3000);
+    serve(guest.hypervisor, engine, () => engine.statistics().tableLoads > 3000);
     // Nothing runs from here on, so that only the engine changes anything.
     guest.hypervisor.advance = () => [];
     engine.relocating = true;
@@ -439,7 +443,7 @@ describe('whatever call fails', () => {
       const { engine, journal, events } = guest.attach({ hypervisor: failing.hypervisor, threshold: 1 });
       engine.hook(`nt!${guest.artefacts.sites.defaultHooks[0]}`);
       engine.relocating = true;
-      serve(guest, engine, () => relocations(events).length > 0);
+      serve(guest.hypervisor, engine, () => relocations(events).length > 0);
       engine.relocating = false;
       failing.failAtChange(++changes);
       try {

@@ -17,7 +17,7 @@ function guestThatWrites() {
   const attached = guest.attach({ threshold: 2 });
   hookAll(guest, attached.engine);
   attached.engine.relocating = true;
-  serve(guest, attached.engine, () => relocations(attached.events).length >= 10);
+  serve(guest.hypervisor, attached.engine, () => relocations(attached.events).length >= 10);
   attached.engine.relocating = false;
   guest.stopTimer();
 
@@ -91,7 +91,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     guest.startTimer();
     engine.relocating = true;
     const known = relocations(events).length;
-    serve(guest, engine, () => relocations(events).length > known + 3);
+    serve(guest.hypervisor, engine, () => relocations(events).length > known + 3);
     const reused = relocations(events)
       .slice(known)
       .some(

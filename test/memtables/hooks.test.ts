@@ -118,7 +118,7 @@ describe('a hook is placed only when nothing stands in the bytes it replaces', (
     expect(kernel.memory.readU8(interior - INTERIOR)).toBe(0xe9);
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
     guest.startTimer();
-    serve(guest, engine, () => engine.statistics().violations > 1000);
+    serve(guest.hypervisor, engine, () => engine.statistics().violations > 1000);
     engine.unload();
     expect(guest.wrongStreams()).toEqual([]);
   });
@@ -132,7 +132,7 @@ describe('a hook is placed only when nothing stands in the bytes it replaces', (
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
     guest.startTimer();
     engine.hook(`nt!${NAME}`);
-    serve(guest, engine, () => engine.statistics().violations > 1000);
+    serve(guest.hypervisor, engine, () => engine.statistics().violations > 1000);
     engine.unload();
     expect(guest.wrongStreams()).toEqual([]);
   });

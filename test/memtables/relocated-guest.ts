@@ -3,6 +3,7 @@ import type { EngineEvent } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { scanGuest } from '../../src/safety/scan.js';
+import type { Hypervisor } from '../../src/vmi/hypervisor.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
@@ -16,10 +17,15 @@ const STEPS_OUT_OF_SWITCH = 40;
 const MOST_TRIES = 100;
 
 /** Lets guest and engine work until `done`, for a bounded number of listens. */
-export function serve(guest: EmbeddedGuest, engine: Engine, done: () => boolean, listens = 200_000): void {
+export function serve(
+  hypervisor: Pick<Hypervisor, 'listen'>,
+  engine: Engine,
+  done: () => boolean,
+  listens = 200_000,
+): void {
   for (let i = 0; i < listens; i++) {
     if (done()) return;
-    guest.hypervisor.listen(1);
+    hypervisor.listen(1);
     workAll(engine);
   }
   throw new Error('this took too long');
@@ -48,7 +54,7 @@ export function relocatedGuest(options: { vcpus?: number; seed?: number; unloadS
   });
   hookAll(guest, attached.engine);
   attached.engine.relocating = true;
-  serve(guest, attached.engine, () => relocations(attached.events).length >= 10);
+  serve(guest.hypervisor, attached.engine, () => relocations(attached.events).length >= 10);
   attached.engine.relocating = false;
   guest.stopTimer();
   return { guest, before, ...attached };

@@ -22,7 +22,7 @@ function nameSymbol({ profile }: Kernel, name: string, rva: number): void {
 }
 
 function serveUntilHot(guest: EmbeddedGuest, engine: Engine): void {
-  serve(guest, engine, () => engine.statistics().tableLoads > 3000);
+  serve(guest.hypervisor, engine, () => engine.statistics().tableLoads > 3000);
 }
 
 function refusalOf(events: readonly EngineEvent[], site: bigint): string | undefined {
@@ -91,7 +91,7 @@ test('a hook over a relocated load is refused: its handler returns into the byte
   const site = kernel.base + BigInt(loadRva);
   hookAll(guest, engine);
   engine.relocating = true;
-  serve(guest, engine, () => relocations(events).some((each) => each.site === site));
+  serve(guest.hypervisor, engine, () => relocations(events).some((each) => each.site === site));
   nameSymbol(kernel, 'Inside', loadRva);
   const image = guest.image();
   engine.relocating = false;
@@ -111,7 +111,7 @@ test('two loads of one table are two sites: each is relocated at its own place, 
   hookAll(guest, engine);
   engine.relocating = true;
   const done = () => relocations(events).filter(({ site }) => sites.includes(site));
-  serve(guest, engine, () => done().length === 2);
+  serve(guest.hypervisor, engine, () => done().length === 2);
   const [first, second] = done();
   expect(first!.table).toBe(second!.table);
   expect(first!.site).not.toBe(second!.site);

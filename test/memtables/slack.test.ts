@@ -19,7 +19,7 @@ test('loads that find no slack stay where they are, with the reason; the others 
   const { engine, events } = guest.attach({ threshold: 2 });
   hookAll(guest, engine);
   engine.relocating = true;
-  serve(guest, engine, () => (engine.statistics().refused['no-slack'] ?? 0) > 10);
+  serve(guest.hypervisor, engine, () => (engine.statistics().refused['no-slack'] ?? 0) > 10);
   expect(relocations(events).length).toBeGreaterThan(0);
   expect(engine.statistics().slack.free).toBeLessThan(700);
   engine.unload();
@@ -39,7 +39,7 @@ test('slack that somebody has used since is not written over, and what lies behi
     BigInt(pageEnd - 3000 + (engine.statistics().slack.bytes - engine.statistics().slack.free) + 20);
   guest.machine.writePhysical(guest.loaded.translate(used)!, Buffer.from([0x42]));
   engine.relocating = true;
-  serve(guest, engine, () => engine.statistics().tableLoads > 3000);
+  serve(guest.hypervisor, engine, () => engine.statistics().tableLoads > 3000);
   expect(kernel.memory.readU8(used)).toBe(0x42);
   expect(relocations(events).length).toBeGreaterThan(0);
   expect(relocations(events).every(({ handler }) => handler > used)).toBe(true);

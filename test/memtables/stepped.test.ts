@@ -19,18 +19,18 @@ test.each([
     guest.hypervisor.advance = () => schedule.advance();
     hookAll(guest, engine);
     engine.relocating = true;
-    serve(guest, engine, () => relocations(events).length >= 20);
+    serve(guest.hypervisor, engine, () => relocations(events).length >= 20);
     const insideHandler = () =>
       Array.from({ length: options.vcpus }, (_, vcpu) => guest.machine.registers(vcpu).rip).some(
         (rip) => handlerAt(events, rip) !== undefined,
       );
-    serve(guest, engine, insideHandler);
+    serve(guest.hypervisor, engine, insideHandler);
     const report = engine.unload();
     expect(report.blocked).toBeGreaterThan(0);
     expect(guest.image()).toBe(before);
     expect(guest.hypervisor.trappedFrames).toEqual([]);
     expect(journal.outstanding).toBe(0);
-    serve(guest, engine, () => guest.report().streams.every(({ count }) => count > 0n));
+    serve(guest.hypervisor, engine, () => guest.report().streams.every(({ count }) => count > 0n));
     expect(guest.wrongStreams()).toEqual([]);
     expect(guest.report().integrity.mismatches).toBe(0n);
     expect(guest.report().bugCheck).toBeUndefined();

@@ -1,0 +1,56 @@
+import type { HiddenMemory, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
+import * as abi from './abi.js';
+
+/** What an event callback returns: bits of `event_response_t`, and the data that they announce. */
+export interface Response {
+  readonly flags: number;
+  readonly data?: Uint8Array;
+}
+
+/**
+ * How a hypervisor wants its events answered. KVM and Xen differ: what implements this is all that knows it.
+ *
+ * `ask` calls whoever handles violations, and may throw what that throws; the event is then answered with `completed`.
+ */
+export interface Answering {
+  hidden: HiddenMemory | undefined;
+  /** True from an answer that is carried out in several events until the last of them: the guest must not be paused. */
+  readonly busy: boolean;
+  answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response;
+  /** The answer that lets an access go through on what memory holds. */
+  completed(violation: Violation): Response;
+  /** The answer to a single step. */
+  stepped(vcpu: number): Response;
+  /** Ends what is busy, also if the event that should have ended it never came. */
+  end(): void;
+}
+
+/** A violation, with what else the event says. */
+export interface TrappedAccess extends Violation {
+  /** CR3 of the vCPU. */
+  readonly pageTable: bigint;
+}
+
+/**
+ * KVM has decoded the instruction and completes it in any case. Data is laid over what it reads by its address; a
+ * read that crosses pages, or a second one, is an event of its own.
+ */
+export class KvmAnswering implements Answering {
+  hidden: HiddenMemory | undefined;
+  readonly busy = false;
+
+  answer(_violation: TrappedAccess, ask: () => ViolationAnswer): Response {
+    const data = ask();
+    return data === undefined ? this.completed() : { flags: abi.RESPONSE_SET_READ_DATA, data };
+  }
+
+  completed(): Response {
+    return { flags: abi.RESPONSE_NONE };
+  }
+
+  stepped(): Response {
+    return { flags: abi.RESPONSE_NONE };
+  }
+
+  end(): void {}
+}

@@ -1,0 +1,287 @@
+// How events are answered on Xen, on instructions that the embedded machine executes.
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { type LibvmiSession, openSessionOn } from '../../src/libvmi/session.js';
+import { ACCESS_EXECUTE, type Machine } from '../../src/machine/machine.js';
+import { type Gpa, gfnOf, PAGE_SIZE } from '../../src/vmi/address.js';
+import type { HiddenPiece } from '../../src/vmi/hypervisor.js';
+import type { Registers } from '../../src/x86/registers.js';
+import { CODE, createFlatMachine, DATA, hexBytes, SCRATCH } from '../machine/support.js';
+import { XenLibrary } from '../support/xen-library.js';
+
+const NEXT_PAGE = DATA + BigInt(PAGE_SIZE);
+const ZERO_FLAG = 0x40n;
+const HLT = 'f4';
+
+let machine: Machine;
+let library: XenLibrary;
+let session: LibvmiSession;
+let pieces: HiddenPiece[];
+let readsOnce: boolean;
+/** Where a handler was asked. */
+let asked: Gpa[];
+let overwritten: HiddenPiece[];
+
+beforeEach(() => {
+  machine = createFlatMachine({ vcpus: 2 });
+  library = new XenLibrary(machine);
+  // One instruction of vCPU 0 at a time.
+  library.advance = () => step(0);
+  session = openSessionOn(library, { name: 'guest' });
+  pieces = [];
+  readsOnce = false;
+  asked = [];
+  overwritten = [];
+  session.onViolation(
+    ({ gpa }) => {
+      asked.push(gpa);
+      return pieces.find((piece) => piece.gpa >= gpa && gfnOf(piece.gpa) === gfnOf(gpa))?.original;
+    },
+    {
+      readsOnce: () => readsOnce,
+      piecesOn: (gfn) => pieces.filter((piece) => gfnOf(piece.gpa) === gfn),
+      overwritten: (piece) => overwritten.push(piece),
+    },
+  );
+});
+afterEach(() => {
+  session.close();
+  machine.close();
+});
+
+function step(vcpu: number) {
+  const { trap } = machine.step(vcpu, 1);
+  return trap === undefined ? [] : [trap];
+}
+
+/** Has `current` in memory where a reader is to see `original`. */
+function hide(gpa: Gpa, original: string, current: string): HiddenPiece {
+  const piece = { gpa, original: hexBytes(original), current: hexBytes(current) };
+  pieces.push(piece);
+  machine.writePhysical(gpa, piece.current);
+  session.trapAccess(gfnOf(gpa));
+  return piece;
+}
+
+/** Gets a vCPU ready to run `code` and to halt behind it. */
+function load(code: string, registers: Partial<Registers>, { vcpu = 0, at = CODE } = {}): void {
+  machine.writePhysical(at, hexBytes(code + HLT));
+  machine.setRegisters(vcpu, { rip: at, ...registers });
+}
+
+/** Listens until vCPU 0 stands on the HLT behind so many bytes of code, and is not in a step. */
+function runTo(rip: Gpa): Registers {
+  for (let listens = 0; machine.registers(0).rip !== rip || library.stepping; listens++) {
+    if (listens > 1000) throw new Error('the code did not get there');
+    session.listen(1);
+  }
+  return machine.registers(0);
+}
+
+/** Listens until an instruction is being stepped. */
+function untilStep(): void {
+  for (let listens = 0; !library.stepping; listens++) {
+    if (listens > 100) throw new Error('nothing was stepped');
+    session.listen(0);
+    if (!library.stepping) session.listen(1);
+  }
+}
+
+function expectHidden(): void {
+  for (const { gpa, current } of pieces) {
+    expect([...machine.readPhysical(gpa, current.length)]).toEqual([...current]);
+    expect(machine.access(gfnOf(gpa))).toBe(ACCESS_EXECUTE);
+  }
+  expect(library.stepping).toBe(false);
+}
+
+describe('an instruction that reads once', () => {
+  test('is answered with data, and no step', () => {
+    readsOnce = true;
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('8b06', { rsi: DATA + 8n, rax: 0n }); // mov eax, [rsi]
+    expect(runTo(CODE + 2n).rax).toBe(0x4433_2211n);
+    expect(library.answers).toEqual({ again: 0, emulated: 0, withData: 1, steps: 0 });
+    expectHidden();
+  });
+
+  test('where nothing is hidden is emulated: answered with nothing it would fault for ever', () => {
+    readsOnce = true;
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    machine.writePhysical(DATA + 64n, hexBytes('55667788'));
+    load('8b06', { rsi: DATA + 64n, rax: 0n });
+    expect(runTo(CODE + 2n).rax).toBe(0x8877_6655n);
+    expect(library.answers).toEqual({ again: 0, emulated: 1, withData: 0, steps: 0 });
+  });
+});
+
+describe('a write to a trapped frame', () => {
+  test('is carried out', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('8907', { rdi: DATA + 64n, rax: 0x1234_5678n }); // mov [rdi], eax
+    runTo(CODE + 2n);
+    expect([...machine.readPhysical(DATA + 64n, 4)]).toEqual([...hexBytes('78563412')]);
+  });
+});
+
+describe('an instruction that cannot be answered with data sees the original bytes', () => {
+  test('a comparison of two hidden places, on one frame', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(DATA + 64n, '11223344', '01020304');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 64n, rflags: 2n }); // cmpsd
+    expect(runTo(CODE + 1n).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+    expect(library.answers.steps).toBe(1);
+    expectHidden();
+  });
+
+  test('a comparison of two hidden places on two frames, in one step', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(NEXT_PAGE + 64n, '11223344', '01020304');
+    load('a7', { rsi: DATA + 8n, rdi: NEXT_PAGE + 64n, rflags: 2n });
+    expect(runTo(CODE + 1n).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+    expect(library.answers.steps).toBe(1);
+    expectHidden();
+  });
+
+  test.each<[string, Gpa[]]>([
+    ['the first page', [NEXT_PAGE - 4n]],
+    ['the second page', [NEXT_PAGE]],
+    ['both pages', [NEXT_PAGE - 4n, NEXT_PAGE]],
+  ])('a read across pages, hidden on %s', (_name, places) => {
+    machine.writePhysical(NEXT_PAGE - 4n, hexBytes('0102030405060708'));
+    for (const gpa of places) hide(gpa, gpa === NEXT_PAGE ? '05060708' : '01020304', 'cccccccc');
+    load('488b06', { rsi: NEXT_PAGE - 4n, rax: 0n }); // mov rax, [rsi]
+    expect(runTo(CODE + 3n).rax).toBe(0x0807_0605_0403_0201n);
+    expectHidden();
+  });
+
+  test('a copy of many elements, one step for each', () => {
+    hide(DATA + 8n, '1122334455', 'aabbccddee');
+    load('f3a4', { rsi: DATA + 8n, rdi: SCRATCH, rcx: 5n }); // rep movsb
+    runTo(CODE + 2n);
+    expect([...machine.readPhysical(SCRATCH, 5)]).toEqual([...hexBytes('1122334455')]);
+    expect(library.answers.steps).toBe(5);
+    expectHidden();
+  });
+
+  test('an instruction on the frame that it reads', () => {
+    hide(DATA + 0x808n, '11223344', 'aabbccdd');
+    hide(DATA + 0x840n, '11223344', '01020304');
+    load('a7', { rsi: DATA + 0x808n, rdi: DATA + 0x840n, rflags: 2n }, { at: DATA });
+    expect(runTo(DATA + 1n).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+    expectHidden();
+  });
+
+  test('an instruction that is hidden itself stays what it is', () => {
+    hide(DATA, '9090', 'a7f4'); // cmpsd; hlt in place of two nops
+    hide(DATA + 0x808n, '11223344', 'aabbccdd');
+    hide(DATA + 0x840n, '11223344', '01020304');
+    machine.setRegisters(0, { rip: DATA, rsi: DATA + 0x808n, rdi: DATA + 0x840n, rflags: 2n });
+    expect(runTo(DATA + 1n).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+    expectHidden();
+  });
+});
+
+describe('while hidden bytes are shown', () => {
+  test('what the guest writes there stays, and is told; the rest is hidden again', () => {
+    const piece = hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('f3a4', { rsi: DATA + 8n, rdi: DATA + 10n, rcx: 1n }); // rep movsb: 11 over 33
+    runTo(CODE + 2n);
+    expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('aabb11dd')]);
+    expect(overwritten).toEqual([piece]);
+  });
+
+  test('another vCPU does not execute them: it goes on once they are hidden again', () => {
+    // inc ebx; hlt in place of two halts
+    hide(DATA, 'f4f4f4', 'ffc3f4');
+    hide(DATA + 0x808n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 0x808n, rdi: DATA + 0x808n, rflags: 2n });
+    machine.setRegisters(1, { rip: DATA, rbx: 5n });
+    untilStep();
+    const again = library.answers.again;
+    library.advance = () => step(1);
+    for (let listens = 0; listens < 3; listens++) session.listen(1);
+    expect(library.answers.again).toBeGreaterThan(again);
+    expect(machine.registers(1)).toMatchObject({ rip: DATA, rbx: 5n });
+    library.advance = () => step(0);
+    runTo(CODE + 1n);
+    library.advance = () => step(1);
+    session.listen(1);
+    expect(machine.registers(1).rbx).toBe(6n);
+    expectHidden();
+  });
+
+  test('another vCPU that has to be shown bytes waits for its turn', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(NEXT_PAGE + 8n, '11223344', '01020304');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n });
+    load('a7', { rsi: NEXT_PAGE + 8n, rdi: NEXT_PAGE + 8n, rflags: 2n }, { vcpu: 1, at: CODE + 0x100n });
+    untilStep();
+    library.advance = () => step(1);
+    session.listen(1);
+    expect(machine.registers(1).rip).toBe(CODE + 0x100n);
+    library.advance = () => [...step(0), ...step(1)];
+    for (let listens = 0; machine.registers(1).rip === CODE + 0x100n || library.stepping; listens++) {
+      expect(listens).toBeLessThan(1000);
+      session.listen(1);
+    }
+    expect(machine.registers(1).rip).toBe(CODE + 0x101n);
+    expectHidden();
+  });
+
+  test('a pause waits until they are hidden again', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n });
+    untilStep();
+    session.pause();
+    expectHidden();
+    session.resume();
+  });
+
+  test('a vCPU that never finishes its instruction is an error, and a close hides nothing less', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n });
+    untilStep();
+    library.advance = () => [];
+    let now = 0;
+    const clock = vi.spyOn(performance, 'now').mockImplementation(() => {
+      now += 4000;
+      return now;
+    });
+    expect(() => session.pause()).toThrow(expect.objectContaining({ code: 'HYPERVISOR_STUCK' }));
+    expect(() => session.close()).toThrow(expect.objectContaining({ code: 'HYPERVISOR_STUCK' }));
+    clock.mockRestore();
+    expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('aabbccdd')]);
+    expect(machine.access(gfnOf(DATA))).not.toBe(ACCESS_EXECUTE);
+  });
+});
+
+describe('a violation from before a pause', () => {
+  test('is not decided on: the instruction faults again, and sees what is there then', () => {
+    readsOnce = true;
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('8b06', { rsi: DATA + 8n, rax: 0n });
+    const trap = step(0);
+    library.advance = () => [];
+    session.pause();
+    library.deliver(trap);
+    expect(session.listen(0)).toBe(1);
+    expect(session.listen(0)).toBe(0);
+    expect(asked).toEqual([]);
+    pieces[0] = { ...pieces[0]!, original: hexBytes('55667788') };
+    session.resume();
+    library.advance = () => step(0);
+    expect(runTo(CODE + 2n).rax).toBe(0x8877_6655n);
+  });
+});
+
+describe('a handler that fails', () => {
+  test('leaves no vCPU faulting for ever', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    session.onViolation(() => {
+      throw new Error('in the handler');
+    });
+    load('8b06', { rsi: DATA + 8n, rax: 0n });
+    expect(() => runTo(CODE + 2n)).toThrow('in the handler');
+    expect(runTo(CODE + 2n).rax).toBe(0xddcc_bbaan);
+  });
+});
