@@ -23,7 +23,7 @@ export interface AttachOptions {
   readonly socket: string;
   /** The ISF profile of the guest's kernel. */
   readonly profile: string;
-  /** A library with libvmi's C ABI; the bundled one without it. */
+  /** A library with libvmi's C ABI; without it the bundled one, else an installed libvmi. */
   readonly library?: string;
   /** A load is relocated once it has trapped more often than this. */
   readonly threshold?: number;

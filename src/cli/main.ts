@@ -49,9 +49,10 @@ const hook = (note: string) =>
   );
 const json = () => new Option('--json', 'print JSON lines instead of text');
 const library = () =>
-  new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
-    'MEMTABLES_LIBVMI',
-  );
+  new Option(
+    '--libvmi <path>',
+    "library with libvmi's C ABI (default: the bundled one, else an installed libvmi)",
+  ).env('MEMTABLES_LIBVMI');
 
 const program = new Command('memtables')
   .description(

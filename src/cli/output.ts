@@ -58,6 +58,8 @@ export function reportError(error: unknown): number {
   if (error instanceof MemtablesError) {
     process.stderr.write(`memtables: ${error.message} [${error.code}]\n`);
     for (const [name, value] of Object.entries(error.context)) {
+      // The message lists them.
+      if (name === 'candidates') continue;
       process.stderr.write(`  ${name}: ${textOf(value)}${meaningOf(error, name)}\n`);
     }
     for (let { cause } = error as Error; cause instanceof Error; { cause } = cause) {

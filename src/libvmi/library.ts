@@ -12,56 +12,67 @@ export interface Libvmi {
   readonly functions: Readonly<Record<FunctionName, NativeFunction>>;
 }
 
+/** A library that was looked at, and why it is not used. */
+export interface Candidate {
+  readonly path: string;
+  readonly reason: string;
+}
+
 export const LIBRARY_VARIABLE = 'MEMTABLES_LIBVMI';
 
 /** Where the build leaves the bundled library; the same from `src/` and from `dist/`. */
 const BUNDLED_LIBRARY = fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url));
 
+/** Looked up by the dynamic linker: libvmi's SONAME, then the name that only a package for developers installs. */
+const INSTALLED_LIBRARIES = ['libvmi.so.0', 'libvmi.so'];
+
 /**
- * Loads a library with libvmi's C ABI: the one at `path`, else the one that `MEMTABLES_LIBVMI` names, else the
- * bundled one. A path without a slash is looked up as the dynamic linker does.
+ * Loads a library with libvmi's C ABI: the one at `path` and no other, else the one that `MEMTABLES_LIBVMI` names and
+ * no other, else the first that can be used of the bundled one (which is for KVM only) and an installed libvmi. A path
+ * without a slash is looked up as the dynamic linker does.
  *
- * @throws MemtablesError `LIBRARY_NOT_LOADED` when it cannot be loaded, `LIBRARY_INCOMPATIBLE` when it has
- * another event layout or lacks a function.
+ * @throws MemtablesError `LIBRARY_NOT_LOADED` when there is none, `LIBRARY_INCOMPATIBLE` when the one that was named
+ * has another event layout or lacks a function; `context.candidates` tells of each that was looked at
  */
-export function loadLibvmi(path: string | undefined): Libvmi {
-  const chosen = path ?? (process.env[LIBRARY_VARIABLE] || BUNDLED_LIBRARY);
-  const library = open(chosen);
-  const missing: FunctionName[] = [];
-  const functions = {} as Record<FunctionName, NativeFunction>;
-  for (const name of FUNCTION_NAMES) {
-    const [result, parameters] = SIGNATURES[name];
-    try {
-      functions[name] = library.func(name, result, [...parameters]);
-    } catch {
-      missing.push(name);
-    }
+export function loadLibvmi(path: string | undefined, hypervisor: 'kvm' | 'xen' = 'kvm'): Libvmi {
+  const named = path ?? (process.env[LIBRARY_VARIABLE] || undefined);
+  const bundled = hypervisor === 'kvm' ? [BUNDLED_LIBRARY] : [];
+  const paths = named === undefined ? [...bundled, ...INSTALLED_LIBRARIES] : [named];
+  const candidates: Candidate[] = [];
+  let loaded = false;
+  for (const candidate of paths) {
+    const result = tryToLoad(candidate);
+    if ('functions' in result) return { path: candidate, functions: result.functions };
+    candidates.push({ path: candidate, reason: result.reason });
+    loaded = result.loaded;
   }
-  // The version first: another libvmi may well lack functions, and its version says more than their names.
-  if (!missing.includes('vmi_events_version')) checkVersion(chosen, functions.vmi_events_version());
-  if (missing.length > 0) {
-    throw new MemtablesError('LIBRARY_INCOMPATIBLE', `${chosen} lacks functions of libvmi`, {
-      remedy: 'Name a libvmi 0.15 that was built with its KVM driver and events, or use the bundled library.',
-      context: { path: chosen, missing },
-    });
-  }
-  return { path: chosen, functions };
+  throw new MemtablesError(
+    loaded && named ? 'LIBRARY_INCOMPATIBLE' : 'LIBRARY_NOT_LOADED',
+    inWords(candidates),
+    {
+      remedy: named === undefined ? whereToGetOne(hypervisor) : whatToCheck(named, loaded, hypervisor),
+      context: { candidates },
+    },
+  );
 }
 
-function open(path: string): LibraryHandle {
-  try {
-    return koffi.load(path);
-  } catch (cause) {
-    const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new MemtablesError('LIBRARY_NOT_LOADED', `${path} could not be loaded: ${reason}`, {
-      remedy:
-        path === BUNDLED_LIBRARY
-          ? 'Run `npm run setup`, which builds it.'
-          : `Check --libvmi and ${LIBRARY_VARIABLE}${orHere(path)}, and that the libraries it needs can be found (ldd).`,
-      context: { path },
-      cause,
-    });
-  }
+function whereToGetOne(hypervisor: 'kvm' | 'xen'): string {
+  const setUp =
+    hypervisor === 'kvm' ? 'Run `npm run setup`, which builds the bundled one, or install' : 'Install';
+  return `${setUp} ${needed(hypervisor)}, where the dynamic linker finds it, or name it with ${LIBRARY_VARIABLE}.`;
+}
+
+function whatToCheck(path: string, loaded: boolean, hypervisor: 'kvm' | 'xen'): string {
+  if (loaded) return `Name ${needed(hypervisor)}, or none.`;
+  return (
+    `Check --libvmi and ${LIBRARY_VARIABLE}${orHere(path)}, and that the libraries it needs can be found (ldd); ` +
+    `needed is ${needed(hypervisor)}.`
+  );
+}
+
+function needed(hypervisor: 'kvm' | 'xen'): string {
+  const driver = { kvm: 'KVM', xen: 'Xen' }[hypervisor];
+  return `libvmi 0.15 (events version ${EVENTS_VERSION}), built with its ${driver} driver and events`;
 }
 
 /** The dynamic linker looks such a name up in its own folders only. */
@@ -69,14 +80,42 @@ function orHere(path: string): string {
   return path.includes('/') ? '' : ` (a file in this folder is ./${path})`;
 }
 
-function checkVersion(path: string, version: number | bigint): void {
-  if (version === EVENTS_VERSION) return;
-  throw new MemtablesError(
-    'LIBRARY_INCOMPATIBLE',
-    `${path} has version ${version} of libvmi's events; only version ${EVENTS_VERSION} is known`,
-    {
-      remedy: 'Name a libvmi 0.15, or use the bundled library.',
-      context: { path, version, expected: EVENTS_VERSION },
-    },
-  );
+type Loading =
+  | { readonly functions: Libvmi['functions'] }
+  | { readonly loaded: boolean; readonly reason: string };
+
+function tryToLoad(path: string): Loading {
+  let library: LibraryHandle;
+  try {
+    library = koffi.load(path);
+  } catch (error) {
+    return { loaded: false, reason: `could not be loaded: ${(error as Error).message}` };
+  }
+  const functions = {} as Record<FunctionName, NativeFunction>;
+  const missing: FunctionName[] = [];
+  const find = (name: FunctionName) => {
+    const [result, parameters] = SIGNATURES[name];
+    try {
+      functions[name] = library.func(name, result, [...parameters]);
+    } catch {
+      missing.push(name);
+    }
+  };
+  // The version first: another libvmi may well lack functions, and its version says more than their names.
+  find('vmi_events_version');
+  const version = functions.vmi_events_version?.() ?? EVENTS_VERSION;
+  if (version !== EVENTS_VERSION) {
+    const reason = `has version ${version} of libvmi's events; only version ${EVENTS_VERSION} is known`;
+    return { loaded: true, reason };
+  }
+  for (const name of FUNCTION_NAMES) if (name !== 'vmi_events_version') find(name);
+  if (missing.length > 0) return { loaded: true, reason: `lacks functions of libvmi: ${missing.join(', ')}` };
+  return { functions };
+}
+
+function inWords(candidates: readonly Candidate[]): string {
+  const lines = candidates.map(({ path, reason }) => `${path} ${reason}`);
+  return lines.length === 1
+    ? lines[0]!
+    : ["no library with libvmi's C ABI can be used:", ...lines].join('\n  ');
 }

@@ -227,8 +227,13 @@ describe('the library', () => {
 
   test('is not there', async () => {
     const { code, stderr } = await run(attachWith('/nowhere/libvmi.so'));
-    expect(stderr).toContain('[LIBRARY_NOT_LOADED]');
+    expect(stderr).toMatch(
+      /^memtables: \/nowhere\/libvmi\.so could not be loaded: .* \[LIBRARY_NOT_LOADED\]$/m,
+    );
     expect(stderr).toContain('what to do: Check --libvmi and MEMTABLES_LIBVMI, and');
+    expect(stderr).toContain(
+      'needed is libvmi 0.15 (events version 9), built with its KVM driver and events',
+    );
     expect(code).toBe(3);
   });
 
@@ -254,7 +259,7 @@ describe('the library', () => {
     expect(stderr).toContain(
       "has version 8 of libvmi's events; only version 9 is known [LIBRARY_INCOMPATIBLE]",
     );
-    expect(stderr).toContain('what to do: Name a libvmi 0.15');
+    expect(stderr).toContain('what to do: Name libvmi 0.15 (events version 9), built with its KVM driver');
     expect(code).toBe(3);
     expect(existsSync(join(directory, 'kvmi'))).toBe(false);
   });
