@@ -1,98 +1,124 @@
-import { execFileSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { cpSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { expect, test } from 'vitest';
-import * as abi from '../../src/libvmi/abi.js';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { checkAbi } from '../../src/libvmi/abi-check.js';
 
-/** What each C expression must be, by libvmi's own names. */
-const EXPECTED: Readonly<Record<string, number>> = {
-  VMI_EVENTS_VERSION: abi.EVENTS_VERSION,
-  VMI_SUCCESS: abi.STATUS_SUCCESS,
-  VMI_XEN: abi.MODE_XEN,
-  VMI_KVM: abi.MODE_KVM,
-  VMI_INIT_DOMAINNAME: abi.INIT_BY_NAME,
-  VMI_INIT_EVENTS: abi.INIT_WITH_EVENTS,
-  VMI_PM_IA32E: abi.PAGE_MODE_IA32E,
-  VMI_INIT_DATA_KVMI_SOCKET: abi.INIT_DATA_KVMI_SOCKET,
-  VMI_INIT_ERROR_DRIVER: abi.INIT_ERROR_DRIVER,
-  VMI_INIT_ERROR_VM_NOT_FOUND: abi.INIT_ERROR_VM_NOT_FOUND,
-  VMI_EVENT_MEMORY: abi.EVENT_TYPE_MEMORY,
-  VMI_EVENT_SINGLESTEP: abi.EVENT_TYPE_SINGLE_STEP,
-  MAX_SINGLESTEP_VCPUS: abi.MAX_STEPPED_VCPUS,
-  VMI_MEMACCESS_N: abi.ACCESS_NONE,
-  VMI_MEMACCESS_R: abi.ACCESS_READ,
-  VMI_MEMACCESS_W: abi.ACCESS_WRITE,
-  VMI_MEMACCESS_X: abi.ACCESS_EXECUTE,
-  VMI_EVENT_RESPONSE_NONE: abi.RESPONSE_NONE,
-  VMI_EVENT_RESPONSE_EMULATE: abi.RESPONSE_EMULATE,
-  VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP: abi.RESPONSE_TOGGLE_SINGLE_STEP,
-  VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA: abi.RESPONSE_SET_READ_DATA,
-  'sizeof(vmi_instance_t)': abi.POINTER_SIZE,
-  'sizeof(vmi_init_data_t) + sizeof(vmi_init_data_entry_t)': abi.INIT_DATA.size,
-  'offsetof(vmi_init_data_t, count)': abi.INIT_DATA.count,
-  'offsetof(vmi_init_data_t, entry) + offsetof(vmi_init_data_entry_t, type)': abi.INIT_DATA.entryType,
-  'offsetof(vmi_init_data_t, entry) + offsetof(vmi_init_data_entry_t, data)': abi.INIT_DATA.entryData,
-  'sizeof(vmi_event_t)': abi.EVENT.size,
-  'offsetof(vmi_event_t, version)': abi.EVENT.version,
-  'offsetof(vmi_event_t, type)': abi.EVENT.type,
-  'offsetof(vmi_event_t, callback)': abi.EVENT.callback,
-  'offsetof(vmi_event_t, vcpu_id)': abi.EVENT.vcpu,
-  'offsetof(vmi_event_t, mem_event.gfn)': abi.EVENT.gfn,
-  'offsetof(vmi_event_t, mem_event.generic)': abi.EVENT.generic,
-  'offsetof(vmi_event_t, mem_event.in_access)': abi.EVENT.inAccess,
-  'offsetof(vmi_event_t, mem_event.out_access)': abi.EVENT.outAccess,
-  'offsetof(vmi_event_t, mem_event.gla)': abi.EVENT.gla,
-  'offsetof(vmi_event_t, mem_event.offset)': abi.EVENT.offset,
-  'offsetof(vmi_event_t, ss_event.vcpus)': abi.EVENT.steppedVcpus,
-  'offsetof(vmi_event_t, x86_regs)': abi.EVENT.registersOrReadData,
-  'offsetof(vmi_event_t, emul_read)': abi.EVENT.registersOrReadData,
-  'sizeof(emul_read_t)': abi.READ_DATA.size,
-  'offsetof(emul_read_t, size)': abi.READ_DATA.length,
-  'offsetof(emul_read_t, dont_free)': abi.READ_DATA.dontFree,
-  'offsetof(emul_read_t, data)': abi.READ_DATA.bytes,
-  'sizeof(((emul_read_t *)0)->data)': abi.READ_DATA.capacity,
-  'sizeof(registers_t)': abi.REGISTERS_SIZE,
-  ...Object.fromEntries(
-    Object.entries(abi.REGISTER_OFFSETS).map(([name, offset]) => [
-      `offsetof(x86_registers_t, ${cRegister(name)})`,
-      offset,
-    ]),
-  ),
-};
+const OURS = fileURLToPath(new URL('../../native/kvmi/include', import.meta.url));
+const SCRIPT = fileURLToPath(new URL('../../scripts/check-abi.mjs', import.meta.url));
 
-function cRegister(name: string): string {
-  const others: Record<string, string> = {
-    efer: 'msr_efer',
-    lstar: 'msr_lstar',
-    fsBase: 'fs_base',
-    gsBase: 'gs_base',
-    cs: 'cs_sel',
-    ss: 'ss_sel',
-    trBase: 'tr_base',
-    shadowGs: 'shadow_gs',
-    idtrBase: 'idtr_base',
-    gdtrBase: 'gdtr_base',
-  };
-  return others[name] ?? name;
+/** The headers of a private installation: those named, or those beside the library under test. */
+const library = process.env.MEMTABLES_TEST_LIBVMI;
+const theirs =
+  process.env.MEMTABLES_TEST_LIBVMI_INCLUDE || (library && join(dirname(library), '..', 'include'));
+const hasTheirs = theirs !== undefined && existsSync(join(theirs, 'libvmi', 'events.h'));
+if (!hasTheirs) {
+  // biome-ignore lint/suspicious/noConsole: a skip has to be seen
+  console.warn('SKIPPED: "libvmi\'s own headers" needs MEMTABLES_TEST_LIBVMI_INCLUDE');
 }
 
-test('every layout and constant is the one that a C compiler sees', () => {
-  const directory = mkdtempSync(join(tmpdir(), 'memtables-abi-'));
-  try {
-    const program = join(directory, 'layouts');
-    const include = fileURLToPath(new URL('../../native/kvmi/include', import.meta.url));
-    const lines = Object.keys(EXPECTED).map((expression) => `printf("%lld\\n", (long long)(${expression}));`);
-    const source = `#include <stddef.h>
-      #include <stdio.h>
-      #include <libvmi/libvmi.h>
-      #include <libvmi/events.h>
-      int main(void) { ${lines.join('\n')} return 0; }`;
-    execFileSync('cc', ['-x', 'c', '-', '-o', program, `-I${include}`], { input: source });
-    const values = execFileSync(program, { encoding: 'utf8' }).trim().split('\n').map(Number);
-    expect(Object.fromEntries(Object.keys(EXPECTED).map((name, i) => [name, values[i]]))).toEqual(EXPECTED);
-  } finally {
-    rmSync(directory, { recursive: true });
-  }
+describe('every layout and constant is the one that a C compiler sees', () => {
+  test('in the bundled library’s headers', () => {
+    expect(checkAbi(['-I', OURS]).differences).toEqual([]);
+  });
+
+  test.runIf(hasTheirs)('in libvmi’s own headers', () => {
+    const { compared, differences } = checkAbi(['-I', theirs!]);
+    expect(differences).toEqual([]);
+    expect(compared).toBeGreaterThan(200);
+  });
+});
+
+/** A copy of the bundled library's headers, to edit. */
+let include: string;
+beforeEach(() => {
+  include = mkdtempSync(join(tmpdir(), 'memtables-headers-'));
+  cpSync(OURS, include, { recursive: true });
+});
+afterEach(() => rmSync(include, { recursive: true }));
+
+function edit(header: string, from: string | RegExp, to: string): void {
+  const path = join(include, 'libvmi', header);
+  const text = readFileSync(path, 'utf8');
+  expect(text).toMatch(from);
+  writeFileSync(path, text.replace(from, to));
+}
+
+function bumpEventsVersion(): void {
+  edit('events.h', /(#define VMI_EVENTS_VERSION\s+)\S+/, '$10x0000000a');
+}
+
+describe('headers that differ', () => {
+  const differing = () => checkAbi(['-I', include]).differences;
+
+  test('in a constant of the binding', () => {
+    bumpEventsVersion();
+    expect(differing()).toEqual([{ expression: 'VMI_EVENTS_VERSION', ours: 9, theirs: 10 }]);
+  });
+
+  test('in a layout that only the bundled library needs', () => {
+    edit('libvmi.h', 'npt_base, vmtrace_pos', 'npt_base, padding, vmtrace_pos');
+    expect(differing()).toContainEqual({
+      expression: 'offsetof(x86_registers_t, vmtrace_pos)',
+      ours: 560,
+      theirs: 568,
+    });
+  });
+
+  test('in a name, which they do not have: the others are compared all the same', () => {
+    edit('events.h', /\bdont_free\b/g, 'keep');
+    bumpEventsVersion();
+    expect(differing()).toEqual([
+      { expression: 'VMI_EVENTS_VERSION', ours: 9, theirs: 10 },
+      { expression: 'offsetof(emul_read_t, dont_free)', ours: 4, theirs: undefined },
+      { expression: 'sizeof(((emul_read_t *)0)->dont_free)', ours: 1, theirs: undefined },
+    ]);
+  });
+
+  test('that cannot be compiled: that is no agreement', () => {
+    edit('libvmi.h', /^/, '#include <no/such/header.h>\n');
+    expect(differing).toThrow(
+      expect.objectContaining({ message: expect.stringContaining('no/such/header.h') }),
+    );
+  });
+});
+
+const isBuilt = existsSync(new URL('../../dist', import.meta.url));
+if (!isBuilt) {
+  // biome-ignore lint/suspicious/noConsole: a skip has to be seen
+  console.warn('SKIPPED: "npm run check:abi" needs dist/: run npm run setup');
+}
+
+describe.runIf(isBuilt)('npm run check:abi', () => {
+  const check = (args: readonly string[], env = {}) =>
+    spawnSync(process.execPath, [SCRIPT, ...args], { encoding: 'utf8', env: { ...process.env, ...env } });
+
+  test('of headers that agree', () => {
+    const { status, stderr } = check(['--include', OURS]);
+    expect(stderr).toMatch(/^check:abi: \d+ sizes, offsets and constants compared, 0 differ\n$/);
+    expect(status).toBe(0);
+  });
+
+  test('of headers that differ says which, ours and theirs, and fails', () => {
+    bumpEventsVersion();
+    const { status, stderr } = check(['--include', include]);
+    expect(stderr).toMatch(/^check:abi: VMI_EVENTS_VERSION: ours 9, theirs 10\ncheck:abi: .*, 1 differ\n$/);
+    expect(status).toBe(1);
+  });
+
+  test('of a folder without headers is no skip', () => {
+    const { status, stderr } = check(['--include', '/nowhere']);
+    expect(stderr).toContain('there is no libvmi/libvmi.h in /nowhere');
+    expect(status).toBe(1);
+  });
+
+  test('without headers on the machine is a skip that is said', () => {
+    // A compiler that finds none, whatever is installed.
+    writeFileSync(join(include, 'cc'), '#!/bin/sh\nexit 1\n', { mode: 0o755 });
+    const { status, stderr } = check([], { PATH: include });
+    expect(stderr).toContain("SKIPPED: libvmi's headers are not installed");
+    expect(status).toBe(0);
+  });
 });
