@@ -15,6 +15,7 @@ import {
   type WorkerMessage,
   type WorkerOptions,
 } from './protocol.js';
+import { withJournal } from './with-journal.js';
 
 export interface AttachOptions {
   /** The VM's name, as libvmi knows it. */
@@ -33,6 +34,8 @@ export interface AttachOptions {
   readonly journal?: string;
   /** How long unloading waits for threads to leave the handlers. */
   readonly unloadSeconds?: number;
+  /** A native call that takes longer than this, beyond its own timeout, is taken for one that never returns. */
+  readonly stuckAfterSeconds?: number;
   /** Called when it begins to wait for the hypervisor: what could be checked by then is in order. */
   readonly onWaiting?: () => void;
   /** Gives up waiting for the hypervisor; of no effect once it has connected. */
@@ -43,11 +46,8 @@ export interface AttachOptions {
 export const DEFAULT_THRESHOLD = 50;
 export const DEFAULT_UNLOAD_SECONDS = 60;
 
-/**
- * A native call that takes longer than this (beyond its own timeout) is reported as stuck. Below the 10 seconds
- * after which the bundled library takes a silent hypervisor for one that has gone.
- */
-const STUCK_AFTER_MS = 8_000;
+/** Below the 10 seconds after which the bundled library takes a silent hypervisor for one that has gone. */
+export const DEFAULT_STUCK_AFTER_SECONDS = 8;
 
 interface Events {
   event: [EngineEvent];
@@ -94,7 +94,8 @@ export class Attachment extends EventEmitter<Events> {
   }
 
   /**
-   * Attaches and finds the kernel; changes nothing in the guest yet.
+   * Attaches and finds the kernel; changes nothing in the guest yet. An error that ends the attachment later tells what
+   * is still in the guest: `context.journal` and `context.inGuest`.
    *
    * @throws MemtablesError of whatever stood in the way, and `HYPERVISOR_STUCK` when a native call never returns:
    *   the process cannot end by itself then; or the reason of `signal`, while a native call still waits for up to
@@ -125,9 +126,11 @@ export class Attachment extends EventEmitter<Events> {
         settle = (error) => {
           watchdog.stop();
           options.signal?.removeEventListener('abort', giveUp);
-          if (error === undefined) done();
-          else broken(error);
-          const why = error ?? unloaded();
+          // Nothing is changed before it has attached.
+          const failure = error && state === 'attached' ? withJournal(error, workerData.journal) : error;
+          if (failure === undefined) done();
+          else broken(failure);
+          const why = failure ?? unloaded();
           failed(why);
           for (const { reject } of pending.values()) reject(why);
           pending.clear();
@@ -135,7 +138,8 @@ export class Attachment extends EventEmitter<Events> {
       });
       // Whoever waits for `ended` sees the error; without anybody it must not end the process.
       ended.catch(() => {});
-      const watchdog = new Watchdog(heartbeat, { limitMs: STUCK_AFTER_MS }, (error) => {
+      const limitMs = (options.stuckAfterSeconds ?? DEFAULT_STUCK_AFTER_SECONDS) * 1000;
+      const watchdog = new Watchdog(heartbeat, { limitMs }, (error) => {
         settle(error);
         // Frees the worker, which can then end, and the guest.
         cutConnection(options.socket);

@@ -1,4 +1,3 @@
-import { existsSync } from 'node:fs';
 import { aborted } from '../aborted.js';
 import { Attachment, journalOf } from '../attachment/attachment.js';
 import { assertFunctionsKnown } from '../attachment/known-functions.js';
@@ -21,6 +20,7 @@ export interface AttachCommandOptions {
   readonly threshold: number;
   readonly relocate: boolean;
   readonly unloadTimeout: number;
+  readonly stuckAfter: number;
   readonly journal?: string;
   readonly libvmi?: string;
 }
@@ -68,9 +68,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       ].join('\n'),
     );
   } catch (error) {
-    const failure = await undo(attachment, error);
-    if (existsSync(journal)) log.warn(`changes are still in the guest; ${journal} lists them`);
-    throw failure;
+    throw await undo(attachment, error);
   }
 }
 
@@ -95,6 +93,7 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
       threshold: options.threshold,
       relocate: options.relocate,
       unloadSeconds: options.unloadTimeout,
+      stuckAfterSeconds: options.stuckAfter,
       onWaiting: () => log.info(`waiting for the hypervisor on ${options.socket}`),
       signal: stop,
       ...(options.journal === undefined ? {} : { journal: options.journal }),

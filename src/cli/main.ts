@@ -2,7 +2,11 @@
 import { readFileSync } from 'node:fs';
 import { setImmediate as turn } from 'node:timers/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
+import {
+  DEFAULT_STUCK_AFTER_SECONDS,
+  DEFAULT_THRESHOLD,
+  DEFAULT_UNLOAD_SECONDS,
+} from '../attachment/attachment.js';
 import { MemtablesError } from '../errors.js';
 import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
@@ -145,6 +149,14 @@ program
     new Option('--unload-timeout <seconds>', 'how long to wait for threads to leave the handlers')
       .argParser(seconds)
       .default(DEFAULT_UNLOAD_SECONDS),
+  )
+  .addOption(
+    new Option(
+      '--stuck-after <seconds>',
+      'how long a call of the hypervisor may take; more for one that is slow, such as a nested one',
+    )
+      .argParser(seconds)
+      .default(DEFAULT_STUCK_AFTER_SECONDS),
   )
   .option(
     '--journal <file>',

@@ -60,7 +60,8 @@ export function reportError(error: unknown): number {
     for (const [name, value] of Object.entries(error.context)) {
       // The message lists them.
       if (name === 'candidates') continue;
-      process.stderr.write(`  ${name}: ${textOf(value)}${meaningOf(error, name)}\n`);
+      const lines = isTable(value) ? tableLines(value) : [`${textOf(value)}${meaningOf(error, name)}`];
+      process.stderr.write(`  ${name}: ${lines.join('\n    ')}\n`);
     }
     for (let { cause } = error as Error; cause instanceof Error; { cause } = cause) {
       const code = cause instanceof MemtablesError ? ` [${cause.code}]` : '';
@@ -79,6 +80,31 @@ function textOf(value: unknown): string {
   if (typeof value === 'string') return value;
   if (Array.isArray(value) && value.every((item) => typeof item === 'string')) return value.join(', ');
   return toJson(value);
+}
+
+/** Of a table, such as that of the changes in a guest, no more is printed; a journal has the rest. */
+const MOST_ROWS = 20;
+const MOST_CHARACTERS = 64;
+
+type Row = Readonly<Record<string, unknown>>;
+
+function isTable(value: unknown): value is readonly Row[] {
+  return Array.isArray(value) && value.length > 0 && value.every((item) => item?.constructor === Object);
+}
+
+/** The number of rows, and a line for each. */
+function tableLines(rows: readonly Row[]): string[] {
+  const lines = rows.slice(0, MOST_ROWS).map((row) =>
+    Object.entries(row)
+      .map(([name, value]) => `${name} ${shortened(typeof value === 'bigint' ? hex(value) : textOf(value))}`)
+      .join(', '),
+  );
+  const more = rows.length - lines.length;
+  return [`${rows.length}`, ...lines, ...(more > 0 ? [`and ${more} more`] : [])];
+}
+
+function shortened(text: string): string {
+  return text.length > MOST_CHARACTERS ? `${text.slice(0, MOST_CHARACTERS)}…` : text;
 }
 
 /** Why a hook was refused, in words. */

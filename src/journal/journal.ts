@@ -27,6 +27,7 @@ export interface JournalledWrite {
 export interface LeftChange {
   readonly gpa: Gpa;
   readonly before: Uint8Array;
+  readonly owner: string;
 }
 
 /** What ties a journal to one boot of one guest. */
@@ -172,6 +173,16 @@ export class Journal {
   }
 }
 
+/**
+ * The changes that the journal at `path` says were not undone; none where there is no file. May be called while another
+ * thread writes it.
+ *
+ * @throws MemtablesError `JOURNAL_FAILED`
+ */
+export function changesLeft(path: string): readonly LeftChange[] {
+  return existsSync(path) ? readJournal(path).left : [];
+}
+
 /** How a journal begins. */
 const HEADER_START = '{"type":"journal","version":1,';
 const HEX_ADDRESS = /^0x[0-9a-f]{1,16}$/;
@@ -238,7 +249,7 @@ function parseLine(line: string): Entry | undefined {
   } catch {
     return undefined;
   }
-  const { type, guest, kernelBase, pdb, id, gpa, before } = entry;
+  const { type, guest, kernelBase, pdb, id, gpa, before, owner } = entry;
   if (type === 'journal') {
     if (typeof guest !== 'string' || !isHex(kernelBase, HEX_ADDRESS) || typeof pdb !== 'string')
       return undefined;
@@ -246,8 +257,9 @@ function parseLine(line: string): Entry | undefined {
   }
   if (typeof id !== 'number') return undefined;
   if (type === 'undone') return { type, id };
-  if (type !== 'write' || !isHex(gpa, HEX_ADDRESS) || !isHex(before, HEX_BYTES)) return undefined;
-  return { type, id, gpa: BigInt(gpa), before: Buffer.from(before, 'hex') };
+  if (type !== 'write' || typeof owner !== 'string') return undefined;
+  if (!isHex(gpa, HEX_ADDRESS) || !isHex(before, HEX_BYTES)) return undefined;
+  return { type, id, gpa: BigInt(gpa), before: Buffer.from(before, 'hex'), owner };
 }
 
 function isHex(value: unknown, pattern: RegExp): value is string {

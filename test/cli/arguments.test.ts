@@ -25,6 +25,7 @@ describe('an argument that cannot be is said on stderr, before anything is done:
     { args: ATTACH, says: 'what to do: Name at least one function of the kernel: --hook nt!Name.' },
     { args: [...ATTACH, '--hook', 'nt!A', '--hook', 'nt!A'], says: 'Name each function once' },
     { args: [...ATTACH, '--hook', 'nt!A', '-t', 'soon'], says: 'Expected a number of seconds' },
+    { args: [...ATTACH, '--hook', 'nt!A', '--stuck-after', '0'], says: 'Expected a number of seconds' },
     { args: [...ATTACH, '--hook', 'nt!A', '--threshold', '-1'], says: 'from 1 to 1000000' },
     { args: ['scan'], says: "missing required argument 'files'" },
     { args: ['scan', '/nowhere.exe'], says: '[FILE_UNREADABLE]' },
