@@ -20,8 +20,8 @@ import { withJournal } from './with-journal.js';
 export interface AttachOptions {
   /** The VM's name, as libvmi knows it. */
   readonly name: string;
-  /** The unix socket that the hypervisor connects to. */
-  readonly socket: string;
+  /** On KVM: the unix socket that the hypervisor connects to. Without it the VM runs on Xen. */
+  readonly socket?: string;
   /** The ISF profile of the guest's kernel. */
   readonly profile: string;
   /** A library with libvmi's C ABI; without it the bundled one, else an installed libvmi. */
@@ -111,13 +111,16 @@ export class Attachment extends EventEmitter<Events> {
       library: options.library,
       threshold: options.threshold ?? DEFAULT_THRESHOLD,
       relocate: options.relocate ?? true,
-      journal: resolve(options.journal ?? journalOf(options.socket)),
+      journal: resolve(options.journal ?? journalOf(options)),
       unloadSeconds: options.unloadSeconds ?? DEFAULT_UNLOAD_SECONDS,
       heartbeat,
     };
     // Without the program's own Node options: `--input-type` of `node -e` would not fit a file.
     const worker = new Worker(new URL('./worker.js', import.meta.url), { workerData, execArgv: [] });
     const pending = new Map<number, Pending>();
+    const cut = () => {
+      if (options.socket !== undefined) cutConnection(options.socket);
+    };
     let state: 'starting' | 'connecting' | 'connected' | 'attached' = 'starting';
 
     return await new Promise<Attachment>((attached, failed) => {
@@ -142,12 +145,12 @@ export class Attachment extends EventEmitter<Events> {
       const watchdog = new Watchdog(heartbeat, { limitMs }, (error) => {
         settle(error);
         // Frees the worker, which can then end, and the guest.
-        cutConnection(options.socket);
+        cut();
       });
       const giveUp = () => {
         if (state === 'connected' || state === 'attached') return;
         // Nobody can connect any more; somebody who just has is left at once.
-        if (state === 'connecting') removeSocket(options.socket);
+        if (state === 'connecting' && options.socket !== undefined) removeSocket(options.socket);
         worker.postMessage({ id: 0, command: { type: 'unload' } } satisfies Request);
         settle(options.signal?.reason);
       };
@@ -159,7 +162,7 @@ export class Attachment extends EventEmitter<Events> {
       worker.on('exit', () => {
         settle(crashed(workerData.journal));
         // A worker that was ended by force has not detached.
-        cutConnection(options.socket);
+        cut();
       });
       worker.on('message', (message: WorkerMessage) => {
         switch (message.type) {
@@ -242,8 +245,8 @@ export class Attachment extends EventEmitter<Events> {
 }
 
 /** Where changes to a guest are recorded unless another place is named. */
-export function journalOf(socket: string): string {
-  return `${socket}.journal`;
+export function journalOf({ name, socket }: Pick<AttachOptions, 'name' | 'socket'>): string {
+  return `${socket ?? name}.journal`;
 }
 
 function unloaded(): MemtablesError {

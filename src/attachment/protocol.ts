@@ -5,7 +5,7 @@ import type { Gva } from '../vmi/address.js';
 /** What the worker needs to attach: plain data, it crosses to another thread. */
 export interface WorkerOptions {
   readonly name: string;
-  readonly socket: string;
+  readonly socket: string | undefined;
   readonly profile: string;
   readonly library: string | undefined;
   readonly threshold: number;

@@ -36,14 +36,14 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
   const profile = loadProfile(options.profile);
   // Before anything waits; the session loads it again, which costs nothing.
-  loadLibvmi(options.library);
-  prepareSocketPath(options.socket);
+  loadLibvmi(options.library, options.socket === undefined ? 'xen' : 'kvm');
+  if (options.socket !== undefined) prepareSocketPath(options.socket);
   Journal.check(options.journal, options.name);
   post({ type: 'connecting' });
   const session = openSession({
     name: options.name,
-    socket: options.socket,
     heartbeat: options.heartbeat,
+    ...(options.socket === undefined ? {} : { socket: options.socket }),
     ...(options.library === undefined ? {} : { libraryPath: options.library }),
   });
   post({ type: 'connected' });

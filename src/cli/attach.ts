@@ -13,7 +13,8 @@ import { stopRequest } from './stop.js';
 
 export interface AttachCommandOptions {
   readonly name: string;
-  readonly socket: string;
+  readonly socket?: string;
+  readonly xen?: boolean;
   readonly profile: string;
   readonly hook?: readonly string[];
   readonly time?: number;
@@ -36,8 +37,13 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
+  if ((options.socket === undefined) !== (options.xen ?? false)) {
+    throw new MemtablesError('INVALID_ARGUMENT', 'where the VM runs was not said, or twice', {
+      remedy: 'For a VM on KVM name the socket (-s), for one on Xen write --xen.',
+    });
+  }
   assertFunctionsKnown(options.hook ?? [], loadProfile(options.profile));
-  const journal = options.journal ?? journalOf(options.socket);
+  const journal = options.journal ?? journalOf(options);
   const stop = stopRequest({
     code: EXIT.unload,
     message: `ended without unloading; ${journal} lists what is still in the guest`,
@@ -88,14 +94,15 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
   try {
     return await Attachment.open({
       name: options.name,
-      socket: options.socket,
       profile: options.profile,
       threshold: options.threshold,
       relocate: options.relocate,
       unloadSeconds: options.unloadTimeout,
       stuckAfterSeconds: options.stuckAfter,
-      onWaiting: () => log.info(`waiting for the hypervisor on ${options.socket}`),
+      onWaiting: () =>
+        log.info(options.xen ? 'connecting to Xen' : `waiting for the hypervisor on ${options.socket}`),
       signal: stop,
+      ...(options.socket === undefined ? {} : { socket: options.socket }),
       ...(options.journal === undefined ? {} : { journal: options.journal }),
       // The environment's may be empty.
       ...(options.libvmi ? { library: options.libvmi } : {}),

@@ -133,7 +133,8 @@ program
     '-n, --name <name>',
     'the VM, as libvmi knows it; the bundled library does not look at it, and attaches to whoever connects',
   )
-  .requiredOption('-s, --socket <path>', 'unix socket that the hypervisor connects to')
+  .option('-s, --socket <path>', 'for a VM on KVM: unix socket that the hypervisor connects to')
+  .option('--xen', 'for a VM on Xen (needs an installed libvmi, or --libvmi)')
   .requiredOption('-j, --profile <file>', "ISF profile of the guest's kernel (JSON)")
   .addOption(hook('at least one'))
   .addOption(
@@ -160,7 +161,7 @@ program
   )
   .option(
     '--journal <file>',
-    'where changes to the guest are recorded while they last (default: SOCKET.journal)',
+    'where changes to the guest are recorded while they last (default: SOCKET.journal, on Xen NAME.journal)',
   )
   .addOption(library())
   .addOption(json())
@@ -170,7 +171,7 @@ program
 Example:
   memtables attach -n my-vm -s /run/introspection.sock -j ntkrnlmp.json --hook nt!ExAllocatePoolWithTag
 
-The hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; a second Ctrl-C ends at once and may
+On KVM the hypervisor has to connect to the socket within ten seconds. Ctrl-C unloads; a second Ctrl-C ends at once and may
 leave changes in the guest. The journal is removed by a clean unload; one that stays lists what is left.
 MEMTABLES_LOG=warn prints less.`,
   )

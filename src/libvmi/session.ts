@@ -56,7 +56,8 @@ export function openSession(options: SessionOptions): LibvmiSession {
     });
   }
   if (options.socket !== undefined) prepareSocketPath(options.socket);
-  return openSessionOn(loadLibvmi(options.libraryPath), options);
+  const hypervisor = options.socket === undefined ? 'xen' : 'kvm';
+  return openSessionOn(loadLibvmi(options.libraryPath, hypervisor), options);
 }
 
 /** As `openSession`, on a library that has been loaded, with a name and a socket that have been checked. */

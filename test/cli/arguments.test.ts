@@ -23,6 +23,11 @@ describe('an argument that cannot be is said on stderr, before anything is done:
     { args: ['host', '--socket', '/tmp/x', '--memory', '1'], says: 'from 32 to 4096' },
     { args: ['attach'], says: "required option '-n, --name <name>' not specified" },
     { args: ATTACH, says: 'what to do: Name at least one function of the kernel: --hook nt!Name.' },
+    {
+      args: [...ATTACH, '--xen', '--hook', 'nt!A'],
+      says: 'name the socket (-s), for one on Xen write --xen',
+    },
+    { args: ['attach', '-n', 'x', '-j', 'x.json', '--hook', 'nt!A'], says: 'name the socket (-s)' },
     { args: [...ATTACH, '--hook', 'nt!A', '--hook', 'nt!A'], says: 'Name each function once' },
     { args: [...ATTACH, '--hook', 'nt!A', '-t', 'soon'], says: 'Expected a number of seconds' },
     { args: [...ATTACH, '--hook', 'nt!A', '--stuck-after', '0'], says: 'Expected a number of seconds' },

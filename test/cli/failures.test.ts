@@ -266,6 +266,24 @@ describe('the library', () => {
     expect(code).toBe(3);
   });
 
+  test('for Xen is never the bundled one, which cannot speak to it', async () => {
+    const { code, stderr } = await run(['attach', '-n', 'x', '--xen', '-j', PROFILE, ...HOOK], {
+      LD_LIBRARY_PATH: '',
+    });
+    expect(stderr).not.toContain('kvmi.so');
+    expect(stderr).toContain('libvmi.so.0 ');
+    expect(stderr).toContain('built with its Xen driver');
+    expect(code).toBe(3);
+  });
+
+  test('without a driver for Xen does not attach there', async () => {
+    const args = ['attach', '-n', 'x', '--xen', '-j', PROFILE, ...HOOK, '--libvmi', BUNDLED];
+    const { code, stderr } = await run(args);
+    expect(stderr).toContain('memtables: could not attach to x on Xen: no hypervisor driver fits');
+    expect(stderr).toContain('was built with its Xen driver and events');
+    expect(code).toBe(3);
+  });
+
   test.skipIf(!compiler)('a library with another ABI', async () => {
     const library = join(directory, 'other.so');
     const source = 'unsigned vmi_events_version(void) { return 8; }';
