@@ -34,7 +34,10 @@ export interface AttachOptions {
   readonly journal?: string;
   /** How long unloading waits for threads to leave the handlers. */
   readonly unloadSeconds?: number;
-  /** A native call that takes longer than this, beyond its own timeout, is taken for one that never returns. */
+  /**
+   * A native call that takes longer than this, beyond its own timeout, is taken for one that never returns. The bundled
+   * library gives a hypervisor that does not answer up after 10 seconds anyway, libvmi itself after 15.
+   */
   readonly stuckAfterSeconds?: number;
   /** Called when it begins to wait for the hypervisor: what could be checked by then is in order. */
   readonly onWaiting?: () => void;

@@ -1,6 +1,8 @@
+import { execFile } from 'node:child_process';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { basename } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { promisify } from 'node:util';
 import koffi from 'koffi';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { Host, PROFILE } from '../cli/command.js';
@@ -81,6 +83,56 @@ async function settled(look: () => Holdings): Promise<Holdings> {
   }
 }
 
+/**
+ * Opens and closes sessions in one thread (a worker of Node's keeps some memory of its own), each with reads and a trap;
+ * prints by how many bytes the C heap has grown.
+ */
+const SESSIONS = 20;
+const IN_ONE_THREAD = `
+  import { setTimeout as sleep } from 'node:timers/promises';
+  import koffi from 'koffi';
+  import { openSession } from '${new URL('../../dist/libvmi/session.js', import.meta.url)}';
+  const [socket, libraryPath] = process.argv.slice(1);
+  koffi.struct('mallinfo2', Object.fromEntries(Array.from({ length: 10 }, (_, i) => ['field' + i, 'size_t'])));
+  const mallinfo2 = koffi.load(null).func('mallinfo2 mallinfo2()');
+  async function inUse() {
+    // What is collected is freed by a thread in the background.
+    for (let i = 0; i < 3; i++) {
+      gc();
+      await sleep(100);
+    }
+    return Number(mallinfo2().field7);
+  }
+  async function cycle() {
+    const session = openSession({ name: 'embedded', socket, libraryPath });
+    session.onViolation(() => undefined);
+    session.pause();
+    for (let gfn = 0n; gfn < 64n; gfn++) session.readPhysical(gfn << 12n, 4096);
+    session.resume();
+    session.trapAccess(100n);
+    session.listen(5);
+    session.close();
+    // The host has to notice.
+    await sleep(20);
+  }
+  for (let i = 0; i < 5; i++) await cycle();
+  const before = await inUse();
+  for (let i = 0; i < ${SESSIONS}; i++) await cycle();
+  console.log((await inUse()) - before);`;
+/** A block of 64 KB kept by each session would be twice as much. */
+const MOST_GROWTH = SESSIONS * 32 * 1024;
+
+const countsMemory = (() => {
+  try {
+    koffi.load(null).func('void mallinfo2()');
+    return true;
+  } catch {
+    // biome-ignore lint/suspicious/noConsole: a skip has to be seen
+    console.warn('SKIPPED: "sessions in one thread leave no memory behind" needs mallinfo2 (glibc 2.33)');
+    return false;
+  }
+})();
+
 describe.each(LIBRARIES)('attaching again and again through $library', ({ library, path }) => {
   let host: Host;
   beforeEach(async () => {
@@ -138,4 +190,15 @@ describe.each(LIBRARIES)('attaching again and again through $library', ({ librar
     },
     (WARM_UP + CYCLES) * CYCLE_MS,
   );
+
+  test.runIf(countsMemory)('sessions in one thread leave no memory behind', async () => {
+    const args = ['--expose-gc', '--input-type=module', '-e', IN_ONE_THREAD, host.socket, path];
+    const { stdout } = await promisify(execFile)(process.execPath, args);
+    // biome-ignore lint/suspicious/noConsole: figures, to be read
+    console.info(
+      `cycles: ${library}: ${SESSIONS} sessions, the C heap grew by ${Math.round(Number(stdout) / 1024)} KB`,
+    );
+    expect(Number(stdout)).toBeLessThan(MOST_GROWTH);
+    await host.expectAsFound();
+  });
 });
