@@ -179,7 +179,8 @@ const UNKNOWN = /^expression:(\d+):\d+: error:/gm;
 function compile(source: string, flags: readonly string[]): { status: number | null; stderr: string } {
   const args = ['-std=gnu11', '-x', 'c', '-', ...flags];
   const { status, stderr, error } = spawnSync('cc', args, { input: source, encoding: 'utf8' });
-  if (error) throw compilerFailed(error.message);
+  // One that ends before it has read all of the source has a status as well.
+  if (error && status === null) throw compilerFailed(error.message);
   return { status, stderr };
 }
 
