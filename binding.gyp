@@ -57,7 +57,28 @@
       "sources": ["native/kvmi/test/abi_check.c"],
       "include_dirs": ["native/kvmi/include"],
       "cflags_c": ["-std=gnu11", "-Wall", "-Wextra"],
+      # The library under test sees this program's clock.
+      "ldflags": ["-rdynamic"],
       "libraries": ["-ldl"]
+    },
+    {
+      # Stands in for libvirt where the tests run libvmi itself; libvmi finds both parts by name.
+      "target_name": "libvirt-stub",
+      "type": "shared_library",
+      "product_name": "libvirt",
+      "product_prefix": "",
+      "product_dir": "<(PRODUCT_DIR)/libvirt-stub",
+      "sources": ["native/libvirt-stub/libvirt.c"],
+      "cflags_c": ["-std=c11", "-Wall", "-Wextra"]
+    },
+    {
+      "target_name": "libvirt-qemu-stub",
+      "type": "shared_library",
+      "product_name": "libvirt-qemu",
+      "product_prefix": "",
+      "product_dir": "<(PRODUCT_DIR)/libvirt-stub",
+      "sources": ["native/libvirt-stub/libvirt_qemu.c"],
+      "cflags_c": ["-std=c11", "-Wall", "-Wextra"]
     }
   ]
 }

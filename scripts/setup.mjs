@@ -184,9 +184,9 @@ const steps = [
   {
     name: 'native',
     what: 'building the native parts (about a minute)',
-    inputs: ['binding.gyp', 'native/machine', 'native/kvmi'],
+    inputs: ['binding.gyp', 'native/machine', 'native/kvmi', 'native/libvirt-stub'],
     salt: process.versions.modules,
-    outputs: ['build/Release/machine.node', 'build/Release/kvmi.so'],
+    outputs: ['build/Release/machine.node', 'build/Release/kvmi.so', 'build/Release/libvirt-stub/libvirt.so'],
     run: buildNative,
   },
   {

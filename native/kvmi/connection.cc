@@ -112,18 +112,18 @@ bool Connection::answer(unsigned vcpu, wire::EventId event, uint32_t sequence, s
   reply.event = static_cast<uint8_t>(event);
   outgoing_.clear();
   append(wire::MessageId::kEventReply, sequence, {header, reply, specific.value_or(Bytes(nullptr, 0))});
-  outstanding_[vcpu] = false;
+  outstanding_[vcpu].reset();
   return send();
 }
 
 bool Connection::awaitEvent(const Deadline &deadline) {
   while (alive_ && events_.empty()) {
-    while (const auto message = nextMessage()) {
+    if (const auto message = nextMessage()) {
       if (message->header.id != static_cast<uint16_t>(wire::MessageId::kEvent))
         return die("message %u came where only events are expected", message->header.id);
-      if (!enqueue(*message)) return false;
+      return enqueue(*message);
     }
-    if (alive_ && events_.empty() && receive(deadline) == Received::kNothing) break;
+    if (alive_ && receive(deadline) == Received::kNothing) break;
   }
   return alive_;
 }
@@ -250,7 +250,7 @@ bool Connection::enqueue(const Message &message) {
   if (size - event.common.size < specific) return die("an event of kind %u is cut short", event.common.event);
   memcpy(&event.pageFault, message.body + event.common.size, specific);
   event.sequence = message.header.sequence;
-  outstanding_[event.vcpu()] = true;
+  outstanding_[event.vcpu()] = event;
   events_.push_back(event);
   return true;
 }

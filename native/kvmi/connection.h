@@ -50,7 +50,7 @@ class Connection {
   bool alive() const { return alive_; }
 
   /** From now on events of these vCPUs are accepted. */
-  void expectVcpus(uint32_t count) { outstanding_.assign(count, false); }
+  void expectVcpus(uint32_t count) { outstanding_.resize(count); }
 
   /** Sends a command and waits for its reply, which has to hold at least `reply.size` bytes. */
   bool request(wire::MessageId id, std::initializer_list<Bytes> body, void *reply = nullptr, size_t replySize = 0);
@@ -61,7 +61,13 @@ class Connection {
   /** Lets the vCPU of an event go on. */
   bool answer(unsigned vcpu, wire::EventId event, uint32_t sequence, std::optional<Bytes> specific = std::nullopt);
 
-  /** Waits for an event to be in the queue. False only if the connection is dead. */
+  /** What a vCPU has raised and nobody has answered yet. */
+  const std::optional<Event> &outstanding(unsigned vcpu) const { return outstanding_[vcpu]; }
+
+  /**
+   * Waits for an event to be in the queue; takes no more than one off the socket, as libkvmi does. False only if the
+   * connection is dead.
+   */
   bool awaitEvent(const Deadline &deadline);
   std::optional<Event> nextEvent();
   size_t queuedEvents() const { return events_.size(); }
@@ -98,8 +104,8 @@ class Connection {
   size_t head_ = 0;
   size_t tail_ = 0;
   std::deque<Event> events_;
-  /** By vCPU: it has raised an event that is not answered yet. */
-  std::vector<bool> outstanding_;
+  /** By vCPU. */
+  std::vector<std::optional<Event>> outstanding_;
 };
 
 }  // namespace kvmi

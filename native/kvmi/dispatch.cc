@@ -35,100 +35,127 @@ event_response_t call(vmi_instance &vmi, vmi_event_t &handler, const Event &even
   return response;
 }
 
-/** Takes over the data that a callback wants a read to see, and frees it. */
-void takeReadData(vmi_event_t &handler, const x86_registers_t &registers, wire::PageFaultReply &reply) {
+/** Takes over the data that a callback wants a read to see, and frees it. False if it does not fit into an answer. */
+bool takeReadData(vmi_event_t &handler, const x86_registers_t &registers, wire::PageFaultReply &reply) {
   emul_read_t *data = handler.emul_read;
   // A callback that sets no data leaves the pointer to the registers, with which it shares its place.
   if (data == nullptr || handler.x86_regs == &registers) {
     complain("an event callback answered SET_EMUL_READ_DATA without data");
-    return;
+    return true;
   }
-  if (data->size > sizeof reply.data) {
-    complain("%u bytes of emulated data: at most %zu can be sent", data->size, sizeof reply.data);
-  } else {
+  const bool fits = data->size <= sizeof reply.data;
+  if (fits) {
     reply.dataAddress = handler.mem_event.gla;
     reply.dataSize = data->size;
     memcpy(reply.data, data->data, data->size);
+  } else {
+    complain("%u bytes of emulated data: at most %zu can be sent", data->size, sizeof reply.data);
   }
   if (!data->dont_free) free(data);
+  return fits;
 }
 
-void carryOut(vmi_instance &vmi, vmi_event_t &handler, unsigned vcpu, event_response_t response) {
-  if (response & VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP) controlSingleStep(&vmi, vcpu, !vmi.vcpus[vcpu].singleStepping);
-  if ((response & VMI_EVENT_RESPONSE_SET_REGISTERS) && handler.x86_regs != nullptr) {
-    if (response & VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA) {
-      complain("an event callback answered with data and with registers: the registers are ignored");
-    } else {
-      registers_t registers{*handler.x86_regs};
-      vmi_set_vcpuregs(&vmi, &registers, vcpu);
-    }
+/** False if the hypervisor refuses. */
+bool carryOut(vmi_instance &vmi, vmi_event_t &handler, unsigned vcpu, event_response_t response) {
+  if ((response & VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP) &&
+      controlSingleStep(&vmi, vcpu, !vmi.vcpus[vcpu].singleStepping) != VMI_SUCCESS)
+    return false;
+  if (!(response & VMI_EVENT_RESPONSE_SET_REGISTERS) || handler.x86_regs == nullptr) return true;
+  if (response & VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA) {
+    complain("an event callback answered with data and with registers: the registers are ignored");
+    return true;
   }
+  registers_t registers{*handler.x86_regs};
+  return vmi_set_vcpuregs(&vmi, &registers, vcpu) == VMI_SUCCESS;
+}
+
+/** As in libvmi, the vCPU stands still then until the session ends. */
+void leaveUnanswered(const Event &event, const char *reason) {
+  complain("an event of kind %u of vCPU %u is not answered: %s", event.common.event, event.vcpu(), reason);
 }
 
 void pageFault(vmi_instance &vmi, const Event &event) {
   const wire::PageFault &fault = event.pageFault;
   const addr_t gfn = fault.gpa >> kPageShift;
   const vmi_mem_access_t access = accessFromWire(fault.access);
+  vmi_event_t *handler = vmi.events.memoryEvent(gfn, access);
+  if (handler == nullptr) return leaveUnanswered(event, "no callback handles this access");
+
+  x86_registers_t registers = fromWire(event.common.general, event.common.special);
+  handler->mem_event.gfn = gfn;
+  handler->mem_event.out_access = access;
+  handler->mem_event.gla = fault.gva;
+  handler->mem_event.offset = fault.gpa & kPageOffsetMask;
+  const event_response_t response = call(vmi, *handler, event, registers);
   wire::PageFaultReply reply{};
-  if (vmi_event_t *handler = vmi.shuttingDown ? nullptr : vmi.events.memoryEvent(gfn, access)) {
-    x86_registers_t registers = fromWire(event.common.general, event.common.special);
-    handler->mem_event.gfn = gfn;
-    handler->mem_event.out_access = access;
-    handler->mem_event.gla = fault.gva;
-    handler->mem_event.offset = fault.gpa & kPageOffsetMask;
-    const event_response_t response = call(vmi, *handler, event, registers);
-    carryOut(vmi, *handler, event.vcpu(), response);
-    if (response & VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA) takeReadData(*handler, registers, reply);
-    handler->x86_regs = nullptr;
-  }
-  vmi.connection->answer(event.vcpu(), event.id(), event.sequence, reply);
+  const bool hasData = response & VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA;
+  if (hasData && !takeReadData(*handler, registers, reply))
+    leaveUnanswered(event, "its data does not fit");
+  else if (!carryOut(vmi, *handler, event.vcpu(), response))
+    leaveUnanswered(event, "the hypervisor refused what the callback wants");
+  else
+    vmi.connection->answer(event.vcpu(), event.id(), event.sequence, reply);
+  handler->x86_regs = nullptr;
 }
 
 void singleStep(vmi_instance &vmi, const Event &event) {
   const unsigned vcpu = event.vcpu();
-  vmi_event_t *handler = vmi.events.singleStep[vcpu];
-  if (!vmi.shuttingDown && !event.singleStep.failed && !countStep(&vmi, vcpu) && handler != nullptr) {
+  if (!event.singleStep.failed) {
+    vmi_event_t *handler = vmi.events.singleStepEvent(vcpu);
+    if (handler == nullptr) return leaveUnanswered(event, "no callback handles single steps");
     x86_registers_t registers = fromWire(event.common.general, event.common.special);
     handler->ss_event.gla = registers.rip;
     handler->ss_event.offset = registers.rip & kPageOffsetMask;
     const event_response_t response = call(vmi, *handler, event, registers);
-    carryOut(vmi, *handler, vcpu, response & ~VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA);
+    const bool done = carryOut(vmi, *handler, vcpu, response & ~VMI_EVENT_RESPONSE_SET_EMUL_READ_DATA);
     handler->x86_regs = nullptr;
+    if (!done) return leaveUnanswered(event, "the hypervisor refused what the callback wants");
   }
   vmi.connection->answer(vcpu, event.id(), event.sequence);
 }
 
-}  // namespace
-
-void dispatch(vmi_instance_t vmi, const Event &event) {
-  vmi_instance::Vcpu &vcpu = vmi->vcpus[event.vcpu()];
+/** Answers without any effect. */
+void letGo(vmi_instance &vmi, const Event &event) {
   switch (event.id()) {
-    case wire::EventId::kPauseVcpu:
-      if (vcpu.pausing) {
-        vcpu.pauseEvent = event.sequence;
-        return;
-      }
-      break;
     case wire::EventId::kPageFault:
-      return pageFault(*vmi, event);
-    case wire::EventId::kSingleStep:
-      return singleStep(*vmi, event);
-    case wire::EventId::kControlRegister:
-    case wire::EventId::kMsr: {
-      // Nobody asked for it. The answer sets the register, so it repeats the value.
-      const wire::RegisterWriteReply reply{event.registerWrite.newValue};
-      vmi->connection->answer(event.vcpu(), event.id(), event.sequence, reply);
+      vmi.connection->answer(event.vcpu(), event.id(), event.sequence, wire::PageFaultReply{});
       return;
-    }
+    case wire::EventId::kControlRegister:
+    case wire::EventId::kMsr:
+      // The answer sets the register, so it repeats the value.
+      vmi.connection->answer(event.vcpu(), event.id(), event.sequence,
+                             wire::RegisterWriteReply{event.registerWrite.newValue});
+      return;
+    default:
+      vmi.connection->answer(event.vcpu(), event.id(), event.sequence);
   }
-  vmi->connection->answer(event.vcpu(), event.id(), event.sequence);
 }
 
+void dispatch(vmi_instance &vmi, const Event &event) {
+  // What vmi_resume_vm answers, be it asked for or not.
+  if (event.id() == wire::EventId::kPauseVcpu)
+    vmi.vcpus[event.vcpu()].pauseEvent = event.sequence;
+  else if (vmi.shuttingDown)
+    letGo(vmi, event);
+  else if (event.id() == wire::EventId::kPageFault)
+    pageFault(vmi, event);
+  else if (event.id() == wire::EventId::kSingleStep)
+    singleStep(vmi, event);
+  else
+    leaveUnanswered(event, "nobody asked for it");
+}
+
+}  // namespace
+
 void dispatchQueued(vmi_instance_t vmi) {
-  for (size_t left = vmi->connection->queuedEvents(); left > 0; left--) {
-    const auto event = vmi->connection->nextEvent();
-    if (!event) return;  // a callback found the connection dead
-    dispatch(vmi, *event);
+  while (const auto event = vmi->connection->nextEvent()) dispatch(*vmi, *event);
+}
+
+void letGoOutstanding(vmi_instance_t vmi) {
+  dispatchQueued(vmi);
+  for (unsigned vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
+    const auto event = vmi->connection->outstanding(vcpu);
+    if (event && event->id() != wire::EventId::kPauseVcpu) letGo(*vmi, *event);
   }
 }
 
@@ -140,8 +167,7 @@ status_t vmi_events_listen(vmi_instance_t vmi, uint32_t timeout) {
   if (vmi == nullptr || !vmi->hasEvents() || vmi->inCallback || timeout > INT32_MAX) return VMI_FAILURE;
   if (!vmi->connection->awaitEvent(Deadline(timeout))) return VMI_FAILURE;
   dispatchQueued(vmi);
-  if (clearDeferred(vmi) != VMI_SUCCESS) return VMI_FAILURE;
-  return vmi->connection->alive() ? VMI_SUCCESS : VMI_FAILURE;
+  return clearDeferred(vmi);
 }
 
 int vmi_are_events_pending(vmi_instance_t vmi) {

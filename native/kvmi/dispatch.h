@@ -6,10 +6,10 @@
 
 namespace kvmi {
 
-/** Handles one event and answers it, unless it reports a pause: that is what vmi_resume_vm answers. */
-void dispatch(vmi_instance_t vmi, const Event &event);
-
-/** Dispatches what is queued now. Events that arrive meanwhile are left for the next time. */
+/** Handles what is queued until nothing is, also what callbacks cause to be queued. */
 void dispatchQueued(vmi_instance_t vmi);
+
+/** When the session ends: lets every vCPU go on whose event nobody has handled. */
+void letGoOutstanding(vmi_instance_t vmi);
 
 }  // namespace kvmi

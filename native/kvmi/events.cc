@@ -11,9 +11,14 @@ namespace kvmi {
 vmi_event_t *EventTables::memoryEvent(addr_t gfn, vmi_mem_access_t access) const {
   const auto found = byFrame.find(gfn);
   if (found != byFrame.end() && (found->second->mem_event.in_access & access)) return found->second;
-  for (vmi_event_t *event : generic)
-    if (event->mem_event.in_access & access) return event;
+  for (const auto &[handled, event] : generic)
+    if (handled & access) return event;
   return nullptr;
+}
+
+vmi_event_t *EventTables::singleStepEvent(uint32_t vcpu) const {
+  const auto found = singleStep.find(vcpu);
+  return found == singleStep.end() ? nullptr : found->second;
 }
 
 namespace {
@@ -55,15 +60,22 @@ status_t trap(vmi_instance_t vmi, addr_t gfn, vmi_mem_access_t access, uint16_t 
   wire::PageAccess page{};
   page.gpa = gfn << kPageShift;
   page.access = *permitted;
-  return vmi->connection->request(wire::MessageId::kSetPageAccess, {command, page}) ? VMI_SUCCESS : VMI_FAILURE;
+  if (!vmi->connection->request(wire::MessageId::kSetPageAccess, {command, page})) return VMI_FAILURE;
+  return VMI_SUCCESS;
+}
+
+/** As libvmi concludes: the hypervisor has accepted the frame, so memory reaches up to it. */
+void noteFrame(vmi_instance_t vmi, addr_t gfn) {
+  vmi->maxPhysicalAddress = std::max(vmi->maxPhysicalAddress, gfn << kPageShift);
 }
 
 status_t registerGeneric(vmi_instance_t vmi, vmi_event_t *event) {
   EventTables &events = vmi->events;
   if (event->mem_event.gfn != kEveryFrame || !events.byFrame.empty()) return VMI_FAILURE;
-  for (const vmi_event_t *other : events.generic)
-    if (other->mem_event.in_access == event->mem_event.in_access) return VMI_FAILURE;
-  events.generic.push_back(event);
+  const vmi_mem_access_t access = event->mem_event.in_access;
+  for (const auto &other : events.generic)
+    if (other.first == access) return VMI_FAILURE;
+  events.generic.emplace_back(access, event);
   return VMI_SUCCESS;
 }
 
@@ -73,31 +85,38 @@ status_t registerOnFrame(vmi_instance_t vmi, vmi_event_t *event) {
   if (!events.generic.empty() || events.byFrame.count(gfn) > 0) return VMI_FAILURE;
   if (trap(vmi, gfn, event->mem_event.in_access, event->slat_id) != VMI_SUCCESS) return VMI_FAILURE;
   events.byFrame.emplace(gfn, event);
+  noteFrame(vmi, gfn);
+  return VMI_SUCCESS;
+}
+
+/** Starts them on every vCPU that the event selects; if one refuses, stops them on all of these. */
+status_t startSingleSteps(vmi_instance_t vmi, const vmi_event_t *event) {
+  if (event->ss_event.vcpus == 0) return VMI_FAILURE;
+  if (!event->ss_event.enable) return VMI_SUCCESS;
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
+    if (!selects(event, vcpu) || controlSingleStep(vmi, vcpu, true) == VMI_SUCCESS) continue;
+    for (uint32_t selected = 0; selected < vmi->vcpus.size(); selected++)
+      if (selects(event, selected)) controlSingleStep(vmi, selected, false);
+    return VMI_FAILURE;
+  }
   return VMI_SUCCESS;
 }
 
 status_t registerSingleStep(vmi_instance_t vmi, vmi_event_t *event) {
-  auto &owners = vmi->events.singleStep;
-  if (event->ss_event.vcpus == 0) return VMI_FAILURE;
-  for (uint32_t vcpu = 0; vcpu < owners.size(); vcpu++)
-    if (selects(event, vcpu) && owners[vcpu] != nullptr) return VMI_FAILURE;
-  for (uint32_t vcpu = 0; vcpu < owners.size(); vcpu++) {
-    if (!selects(event, vcpu) || !event->ss_event.enable) continue;
-    if (controlSingleStep(vmi, vcpu, true) != VMI_SUCCESS) {
-      for (uint32_t started = 0; started < vcpu; started++)
-        if (selects(event, started)) controlSingleStep(vmi, started, false);
-      return VMI_FAILURE;
-    }
-  }
-  for (uint32_t vcpu = 0; vcpu < owners.size(); vcpu++)
-    if (selects(event, vcpu)) owners[vcpu] = event;
+  EventTables &events = vmi->events;
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+    if (selects(event, vcpu) && events.singleStepEvent(vcpu) != nullptr) return VMI_FAILURE;
+  if (startSingleSteps(vmi, event) != VMI_SUCCESS) return VMI_FAILURE;
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+    if (selects(event, vcpu)) events.singleStep[vcpu] = event;
   return VMI_SUCCESS;
 }
 
 status_t clearMemory(vmi_instance_t vmi, vmi_event_t *event) {
   EventTables &events = vmi->events;
   if (event->mem_event.generic) {
-    events.generic.erase(std::remove(events.generic.begin(), events.generic.end(), event), events.generic.end());
+    const auto same = [event](const auto &other) { return other.first == event->mem_event.in_access; };
+    events.generic.erase(std::remove_if(events.generic.begin(), events.generic.end(), same), events.generic.end());
     return VMI_SUCCESS;
   }
   const status_t status = trap(vmi, event->mem_event.gfn, VMI_MEMACCESS_N, event->slat_id);
@@ -108,52 +127,72 @@ status_t clearMemory(vmi_instance_t vmi, vmi_event_t *event) {
 status_t clearSingleStep(vmi_instance_t vmi, vmi_event_t *event) {
   auto &owners = vmi->events.singleStep;
   status_t status = VMI_FAILURE;
-  for (uint32_t vcpu = 0; vcpu < owners.size(); vcpu++) {
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
     if (!selects(event, vcpu)) continue;
     status = controlSingleStep(vmi, vcpu, false);
-    if (status == VMI_SUCCESS) owners[vcpu] = nullptr;
+    if (status == VMI_SUCCESS) owners.erase(vcpu);
   }
+  if (owners.empty()) stopSingleSteps(vmi);
   return status;
 }
 
-}  // namespace
-
-status_t controlSingleStep(vmi_instance_t vmi, uint32_t vcpu, bool enable) {
-  wire::VcpuHeader header{};
-  header.vcpu = static_cast<uint16_t>(vcpu);
-  wire::ControlSingleStep command{};
-  command.enable = enable;
-  if (!vmi->connection->request(wire::MessageId::kControlSingleStep, {header, command})) return VMI_FAILURE;
-  vmi->vcpus[vcpu].singleStepping = enable;
-  return VMI_SUCCESS;
-}
-
-bool countStep(vmi_instance_t vmi, uint32_t vcpu) {
+/** The callback of the events that count the steps of vmi_step_event. */
+event_response_t countStep(vmi_instance_t vmi, vmi_event_t *steps) {
+  const uint32_t vcpu = steps->vcpu_id;
   auto &countdowns = vmi->events.countdowns;
   std::vector<EventTables::Countdown> finished;
-  bool counted = false;
-  for (auto &countdown : countdowns) {
-    if (countdown.vcpu != vcpu) continue;
-    counted = true;
-    if (--countdown.steps == 0) finished.push_back(countdown);
-  }
-  if (!counted) return false;
+  for (auto &countdown : countdowns)
+    if (countdown.vcpu == vcpu && --countdown.steps == 0) finished.push_back(countdown);
   const auto isDone = [](const auto &countdown) { return countdown.steps == 0; };
   countdowns.erase(std::remove_if(countdowns.begin(), countdowns.end(), isDone), countdowns.end());
 
   // These may ask for more steps.
   for (const auto &countdown : finished) {
-    if (countdown.callback == nullptr) {
+    if (countdown.callback != nullptr)
+      countdown.callback(vmi, countdown.event);
+    else
       vmi_register_event(vmi, countdown.event);
-      continue;
-    }
-    vmi->inCallback = true;
-    countdown.callback(vmi, countdown.event);
-    vmi->inCallback = false;
   }
   const auto isHere = [vcpu](const auto &countdown) { return countdown.vcpu == vcpu; };
-  if (std::none_of(countdowns.begin(), countdowns.end(), isHere)) controlSingleStep(vmi, vcpu, false);
-  return true;
+  // Inside this callback it is put off: a step that is under way still has its handler.
+  if (std::none_of(countdowns.begin(), countdowns.end(), isHere)) vmi_clear_event(vmi, steps, nullptr);
+  return VMI_EVENT_RESPONSE_NONE;
+}
+
+/** Has the library count the vCPU's steps; false where somebody else has its steps, or the counting is ending. */
+bool startCounting(vmi_instance_t vmi, uint32_t vcpu) {
+  EventTables &events = vmi->events;
+  vmi_event_t *steps = &events.counting[vcpu];
+  if (const vmi_event_t *owner = events.singleStepEvent(vcpu)) {
+    const auto isIt = [steps](const auto &clear) { return clear.first == steps; };
+    return owner == steps && std::none_of(events.clears.begin(), events.clears.end(), isIt);
+  }
+  *steps = {};
+  steps->version = VMI_EVENTS_VERSION;
+  steps->type = VMI_EVENT_SINGLESTEP;
+  steps->callback = countStep;
+  steps->ss_event.vcpus = uint32_t{1} << vcpu;
+  steps->ss_event.enable = true;
+  return registerSingleStep(vmi, steps) == VMI_SUCCESS;
+}
+
+}  // namespace
+
+status_t controlSingleStep(vmi_instance_t vmi, uint32_t vcpu, bool enable) {
+  if (!vmi->hasVcpu(vcpu)) return VMI_FAILURE;
+  wire::VcpuHeader header{};
+  header.vcpu = static_cast<uint16_t>(vcpu);
+  wire::ControlSingleStep command{};
+  command.enable = enable;
+  const bool done = vmi->connection->request(wire::MessageId::kControlSingleStep, {header, command});
+  bool &singleStepping = vmi->vcpus[vcpu].singleStepping;
+  singleStepping = done ? enable : singleStepping && !enable;
+  return done ? VMI_SUCCESS : VMI_FAILURE;
+}
+
+void stopSingleSteps(vmi_instance_t vmi) {
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+    if (controlSingleStep(vmi, vcpu, false) != VMI_SUCCESS) return;
 }
 
 status_t clearDeferred(vmi_instance_t vmi) {
@@ -220,31 +259,35 @@ status_t vmi_clear_event(vmi_instance_t vmi, vmi_event_t *event, vmi_event_free_
 status_t vmi_set_mem_event(vmi_instance_t vmi, addr_t gfn, vmi_mem_access_t access, uint16_t slat_id) {
   if (vmi == nullptr || !vmi->hasEvents()) return VMI_FAILURE;
   const auto &generic = vmi->events.generic;
-  const auto handles = [=](const vmi_event_t *event) { return event->mem_event.in_access & access; };
+  const auto handles = [=](const auto &event) { return event.first & access; };
   if (access != VMI_MEMACCESS_N && std::none_of(generic.begin(), generic.end(), handles)) {
     complain("no generic event handles the access 0x%x", access);
     return VMI_FAILURE;
   }
-  return trap(vmi, gfn, access, slat_id);
+  if (trap(vmi, gfn, access, slat_id) != VMI_SUCCESS) return VMI_FAILURE;
+  noteFrame(vmi, gfn);
+  return VMI_SUCCESS;
 }
 
 status_t vmi_step_event(vmi_instance_t vmi, vmi_event_t *event, uint32_t vcpu_id, uint64_t steps, event_callback_t cb) {
-  if (vmi == nullptr || event == nullptr || !vmi->hasEvents() || !vmi->hasVcpu(vcpu_id) || steps == 0)
-    return VMI_FAILURE;
-  if (vmi->events.singleStep[vcpu_id] != nullptr) return VMI_FAILURE;
-  if (!vmi->vcpus[vcpu_id].singleStepping && controlSingleStep(vmi, vcpu_id, true) != VMI_SUCCESS) return VMI_FAILURE;
+  if (vmi == nullptr || event == nullptr || !vmi->hasEvents() || steps == 0) return VMI_FAILURE;
+  // libvmi takes one number too many for a vCPU's, and so does this; the callback never runs then.
+  if (vcpu_id > vmi->vcpus.size() || vcpu_id >= MAX_SINGLESTEP_VCPUS) return VMI_FAILURE;
+  if (!startCounting(vmi, vcpu_id)) return VMI_FAILURE;
   vmi->events.countdowns.push_back({event, vcpu_id, steps, cb});
   return VMI_SUCCESS;
 }
 
 status_t vmi_toggle_single_step_vcpu(vmi_instance_t vmi, vmi_event_t *event, uint32_t vcpu, bool enabled) {
   if (vmi == nullptr || event == nullptr || !vmi->hasEvents() || vmi->inCallback) return VMI_FAILURE;
-  if (!vmi->hasVcpu(vcpu) || vcpu >= MAX_SINGLESTEP_VCPUS) return VMI_FAILURE;
-  vmi_event_t *&owner = vmi->events.singleStep[vcpu];
-  if (enabled == (owner != nullptr)) return VMI_FAILURE;
-  if (controlSingleStep(vmi, vcpu, enabled) != VMI_SUCCESS) return VMI_FAILURE;
+  if (vcpu >= MAX_SINGLESTEP_VCPUS) return VMI_FAILURE;
+  auto &owners = vmi->events.singleStep;
   const uint32_t bit = uint32_t{1} << vcpu;
-  event->ss_event.vcpus = enabled ? event->ss_event.vcpus | bit : event->ss_event.vcpus & ~bit;
-  owner = enabled ? event : nullptr;
-  return VMI_SUCCESS;
+  if (!enabled) {
+    event->ss_event.vcpus &= ~bit;
+    return owners.erase(vcpu) > 0 ? controlSingleStep(vmi, vcpu, false) : VMI_FAILURE;
+  }
+  event->ss_event.vcpus |= bit;
+  // Where there was an owner, this event takes its place, although the caller is told of a failure.
+  return owners.insert_or_assign(vcpu, event).second ? startSingleSteps(vmi, event) : VMI_FAILURE;
 }

@@ -10,13 +10,12 @@
 #include "connection.h"
 #include "events.h"
 #include "page_cache.h"
+#include "translation_cache.h"
 
 /** One attached guest. */
 struct vmi_instance {
   struct Vcpu {
-    /** It was told to pause and has not been let go since. */
-    bool pausing = false;
-    /** The number of the event with which it reported that it stands still. */
+    /** The number of the event with which it reported that it stands still; resume answers it. */
     std::optional<uint32_t> pauseEvent;
     bool singleStepping = false;
   };
@@ -34,9 +33,8 @@ struct vmi_instance {
   event_response_t complainedResponses = 0;
   kvmi::EventTables events;
   kvmi::PageCache pages;
+  kvmi::TranslationCache translations;
 
   bool hasEvents() const { return initFlags & VMI_INIT_EVENTS; }
   bool hasVcpu(unsigned long vcpu) const { return vcpu < vcpus.size(); }
-  /** No vCPU runs: memory stays as it is. */
-  bool standsStill() const;
 };

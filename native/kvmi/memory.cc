@@ -4,25 +4,25 @@
 #include <cstring>
 
 #include "instance.h"
+#include "paging.h"
 
 namespace kvmi {
 namespace {
 
-bool isPhysicalMemory(const vmi_instance &vmi, addr_t pa, size_t size) {
-  return pa < vmi.maxPhysicalAddress && size <= vmi.maxPhysicalAddress - pa;
-}
-
 /** As libvmi does, whole pages are asked for, however little of them is needed. */
-bool fetchPage(vmi_instance &vmi, addr_t gfn, Page &page) {
+std::optional<Page> fetchPage(vmi_instance &vmi, addr_t gfn) {
   const wire::PhysicalRange range{gfn << kPageShift, kPageSize};
-  if (!isPhysicalMemory(vmi, range.gpa, range.size)) return false;
-  return vmi.connection->request(wire::MessageId::kReadPhysical, {range}, page.data(), page.size());
+  std::optional<Page> page(std::in_place);
+  if (!vmi.connection->request(wire::MessageId::kReadPhysical, {range}, page->data(), page->size())) page.reset();
+  return page;
 }
 
+/** How far memory reaches is left to the hypervisor here, as libvmi leaves it. */
 bool writeWithinPage(vmi_instance &vmi, addr_t pa, const void *from, size_t size) {
-  if (!isPhysicalMemory(vmi, pa, size)) return false;
+  const wire::PhysicalRange range{pa, size};
+  if (!vmi.connection->request(wire::MessageId::kWritePhysical, {range, Bytes(from, size)})) return false;
   vmi.pages.drop(pa >> kPageShift);
-  return vmi.connection->request(wire::MessageId::kWritePhysical, {wire::PhysicalRange{pa, size}, Bytes(from, size)});
+  return true;
 }
 
 /** Physical addresses as they are, virtual ones translated. */
@@ -32,8 +32,8 @@ bool resolve(vmi_instance_t vmi, const access_context_t &context, addr_t address
       pa = address;
       return true;
     case VMI_TM_PROCESS_DTB:
-      return context.npm == VMI_PM_NONE && (context.pm == VMI_PM_NONE || context.pm == vmi->pageMode) &&
-             vmi_pagetable_lookup(vmi, context.pt, address, &pa) == VMI_SUCCESS;
+      return context.npm == VMI_PM_NONE &&
+             translate(vmi, context.pm == VMI_PM_NONE ? vmi->pageMode : context.pm, context.pt, address, pa);
     default:
       return false;
   }
@@ -68,17 +68,11 @@ access_context_t physical(addr_t pa) {
 }  // namespace
 
 bool readWithinPage(vmi_instance_t vmi, addr_t pa, void *to, size_t size) {
-  if (!vmi->connection->alive()) return false;
   const addr_t gfn = pa >> kPageShift;
-  const addr_t offset = pa & kPageOffsetMask;
-  if (const Page *cached = vmi->pages.find(gfn)) {
-    memcpy(to, &(*cached)[offset], size);
-    return true;
-  }
-  Page page;
-  if (!fetchPage(*vmi, gfn, page)) return false;
-  if (vmi->standsStill()) vmi->pages.insert(gfn, page);
-  memcpy(to, &page[offset], size);
+  if (gfn >= vmi->maxPhysicalAddress >> kPageShift) return false;
+  const Page *page = vmi->pages.get(gfn, [vmi](addr_t wanted) { return fetchPage(*vmi, wanted); });
+  if (page == nullptr) return false;
+  memcpy(to, page->data() + (pa & kPageOffsetMask), size);
   return true;
 }
 
@@ -110,8 +104,4 @@ status_t vmi_write_pa(vmi_instance_t vmi, addr_t paddr, size_t count, void *buf,
 
 void vmi_pagecache_flush(vmi_instance_t vmi) {
   if (vmi != nullptr) vmi->pages.clear();
-}
-
-void vmi_v2pcache_flush(vmi_instance_t, addr_t) {
-  // Translations are not cached but for the pages of the tables, and these are not kept while the guest runs.
 }

@@ -1,3 +1,4 @@
+#include "paging.h"
 
 #include "instance.h"
 #include "memory.h"
@@ -11,8 +12,6 @@ constexpr addr_t kPrototype = addr_t{1} << 10;
 constexpr addr_t kTransition = addr_t{1} << 11;
 /** Bits 12 to 51. */
 constexpr addr_t kFrameMask = 0x000f'ffff'ffff'f000;
-/** In the entry of a large page this bit of the frame number holds an attribute. */
-constexpr addr_t kLargePageAttribute = addr_t{1} << 12;
 
 constexpr unsigned kIndexBits = 9;
 constexpr unsigned kTopShift = kPageShift + 3 * kIndexBits;
@@ -20,13 +19,7 @@ constexpr addr_t kIndexMask = (addr_t{1} << kIndexBits) - 1;
 
 constexpr reg_t kCr0Paging = reg_t{1} << 31;
 constexpr reg_t kCr4Pae = reg_t{1} << 5;
-constexpr reg_t kCr4FiveLevels = reg_t{1} << 12;
 constexpr reg_t kEferLongMode = reg_t{1} << 8;
-
-bool isCanonical(addr_t address) {
-  const auto upper = static_cast<int64_t>(address) >> (kTopShift + kIndexBits - 1);
-  return upper == 0 || upper == -1;
-}
 
 /** Where the walk stores the entry that it met at the level of `shift`. */
 struct Slot {
@@ -52,28 +45,26 @@ bool isPresent(const vmi_instance &vmi, addr_t entry) {
   return (entry & kPresent) || (vmi.transitionPages && (entry & kTransition) && !(entry & kPrototype));
 }
 
-/** The page tables belong to the guest: every entry is read through the bounds of physical memory. */
+/**
+ * The page tables belong to the guest: every entry is read through the bounds of physical memory. As libvmi's walk it
+ * looks at neither the upper bits of the address nor reserved bits, and takes the top entry for a table in any case.
+ */
 bool walk(vmi_instance_t vmi, addr_t root, addr_t va, page_info_t &info) {
   info = {};
   info.vaddr = va;
   info.pt = root;
   info.pm = VMI_PM_IA32E;
-  if (!isCanonical(va)) return false;
 
   addr_t table = root & kFrameMask;
   for (unsigned shift = kTopShift;; shift -= kIndexBits) {
     const Slot slot = slotOf(info, shift);
-    slot.location = table | (((va >> shift) & kIndexMask) * sizeof(addr_t));
-    if (!readWithinPage(vmi, slot.location, &slot.value, sizeof slot.value)) return false;
+    const addr_t location = table | (((va >> shift) & kIndexMask) * sizeof(addr_t));
+    if (!readWithinPage(vmi, location, &slot.value, sizeof slot.value)) return false;
+    slot.location = location;
     if (!isPresent(*vmi, slot.value)) return false;
 
     const addr_t offsetMask = (addr_t{1} << shift) - 1;
-    const bool isLarge = shift > kPageShift && (slot.value & kLargePage);
-    if (isLarge) {
-      const bool isTop = shift == kTopShift;
-      const addr_t reserved = kFrameMask & offsetMask & ~kLargePageAttribute;
-      if (isTop || (slot.value & reserved)) return false;
-    }
+    const bool isLarge = shift > kPageShift && shift < kTopShift && (slot.value & kLargePage);
     if (isLarge || shift == kPageShift) {
       info.size = static_cast<page_size_t>(offsetMask + 1);
       info.paddr = (slot.value & kFrameMask & ~offsetMask) | (va & offsetMask);
@@ -86,11 +77,28 @@ bool walk(vmi_instance_t vmi, addr_t root, addr_t va, page_info_t &info) {
 page_mode_t modeOf(const x86_registers_t &registers) {
   if (!(registers.cr0 & kCr0Paging)) return VMI_PM_NONE;
   if (!(registers.cr4 & kCr4Pae)) return VMI_PM_LEGACY;
-  if (!(registers.msr_efer & kEferLongMode)) return VMI_PM_PAE;
-  return registers.cr4 & kCr4FiveLevels ? VMI_PM_UNKNOWN : VMI_PM_IA32E;
+  return registers.msr_efer & kEferLongMode ? VMI_PM_IA32E : VMI_PM_PAE;
 }
 
 }  // namespace
+
+bool translate(vmi_instance_t vmi, page_mode_t mode, addr_t root, addr_t va, addr_t &pa) {
+  if (mode != VMI_PM_IA32E) return false;
+  if (const auto known = vmi->translations.find(root, va)) {
+    uint8_t byte;
+    if (readWithinPage(vmi, *known, &byte, sizeof byte)) {
+      pa = *known;
+      return true;
+    }
+    vmi->translations.drop(root, va);
+  }
+  page_info_t info;
+  if (!walk(vmi, root, va, info)) return false;
+  vmi->translations.insert(root, va, info.paddr);
+  pa = info.paddr;
+  return true;
+}
+
 }  // namespace kvmi
 
 using namespace kvmi;
@@ -101,18 +109,29 @@ page_mode_t vmi_init_paging(vmi_instance_t vmi, uint64_t flags) {
   registers_t registers;
   if (vmi_get_vcpuregs(vmi, &registers, 0) != VMI_SUCCESS) return VMI_PM_UNKNOWN;
   vmi->pageMode = modeOf(registers.x86);
-  vmi->transitionPages = flags & VMI_PM_INITFLAG_TRANSITION_PAGES;
+  // Asked for once, they stay asked for.
+  if (flags & VMI_PM_INITFLAG_TRANSITION_PAGES) vmi->transitionPages = true;
   return vmi->pageMode;
 }
 
 status_t vmi_pagetable_lookup_extended(vmi_instance_t vmi, addr_t pt, addr_t vaddr, page_info_t *info) {
   if (vmi == nullptr || info == nullptr || vmi->pageMode != VMI_PM_IA32E) return VMI_FAILURE;
-  return walk(vmi, pt, vaddr, *info) ? VMI_SUCCESS : VMI_FAILURE;
+  if (!walk(vmi, pt, vaddr, *info)) return VMI_FAILURE;
+  vmi->translations.insert(pt, vaddr, info->paddr);
+  return VMI_SUCCESS;
 }
 
 status_t vmi_pagetable_lookup(vmi_instance_t vmi, addr_t pt, addr_t vaddr, addr_t *paddr) {
-  page_info_t info;
-  if (paddr == nullptr || vmi_pagetable_lookup_extended(vmi, pt, vaddr, &info) != VMI_SUCCESS) return VMI_FAILURE;
-  *paddr = info.paddr;
-  return VMI_SUCCESS;
+  if (vmi == nullptr || paddr == nullptr) return VMI_FAILURE;
+  *paddr = 0;
+  return translate(vmi, vmi->pageMode, pt, vaddr, *paddr) ? VMI_SUCCESS : VMI_FAILURE;
+}
+
+void vmi_v2pcache_flush(vmi_instance_t vmi, addr_t pt) {
+  constexpr addr_t kEveryPageTable = ~addr_t{0};
+  if (vmi == nullptr) return;
+  if (pt == kEveryPageTable)
+    vmi->translations.clear();
+  else
+    vmi->translations.drop(pt);
 }

@@ -24,16 +24,14 @@ using namespace kvmi;
 
 status_t vmi_pause_vm(vmi_instance_t vmi) {
   if (vmi == nullptr) return VMI_FAILURE;
-  if (vmi->pauseCount == 0) {
-    if (!vmi->connection->pauseAll()) return VMI_FAILURE;
-    for (vmi_instance::Vcpu &vcpu : vmi->vcpus) vcpu.pausing = true;
-  }
+  if (vmi->pauseCount == 0 && !vmi->connection->pauseAll()) return VMI_FAILURE;
   vmi->pauseCount++;
   return VMI_SUCCESS;
 }
 
 status_t vmi_resume_vm(vmi_instance_t vmi) {
   if (vmi == nullptr) return VMI_FAILURE;
+  if (vmi->pauseCount == 0) return VMI_SUCCESS;
   if (vmi->pauseCount > 1) {
     vmi->pauseCount--;
     return VMI_SUCCESS;
@@ -41,18 +39,14 @@ status_t vmi_resume_vm(vmi_instance_t vmi) {
   const Deadline deadline(kStopTimeoutMs);
   // All or none: after a failure the guest must not be half awake and yet count as paused.
   for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
-    const vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
-    if (vcpu.pausing && !awaitStop(vmi, vcpu, deadline)) {
+    if (!awaitStop(vmi, vmi->vcpus[index], deadline)) {
       complain("vCPU %u did not stop, so the guest cannot be resumed", index);
       return VMI_FAILURE;
     }
   }
-  vmi->pages.clear();
   for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
     vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
-    if (!vcpu.pausing) continue;
     if (!vmi->connection->answer(index, wire::EventId::kPauseVcpu, *vcpu.pauseEvent)) return VMI_FAILURE;
-    vcpu.pausing = false;
     vcpu.pauseEvent.reset();
   }
   vmi->pauseCount = 0;

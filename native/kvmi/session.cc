@@ -1,3 +1,4 @@
+#include "dispatch.h"
 #include "instance.h"
 #include "listener.h"
 #include "log.h"
@@ -43,7 +44,6 @@ bool countVcpus(vmi_instance &vmi) {
     return false;
   }
   vmi.vcpus.resize(info.vcpuCount);
-  vmi.events.singleStep.resize(info.vcpuCount);
   vmi.connection->expectVcpus(info.vcpuCount);
   return true;
 }
@@ -78,12 +78,6 @@ bool measureMemory(vmi_instance &vmi) {
 
 using namespace kvmi;
 
-bool vmi_instance::standsStill() const {
-  for (const Vcpu &vcpu : vcpus)
-    if (!vcpu.pausing || !vcpu.pauseEvent) return false;
-  return true;
-}
-
 status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *domain, uint64_t init_flags,
                   vmi_init_data_t *init_data, vmi_init_error_t *error) {
   if (vmi == nullptr) return VMI_FAILURE;
@@ -92,7 +86,8 @@ status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *domain, uint
     if (error != nullptr) *error = reason;
     return VMI_FAILURE;
   };
-  if (mode != VMI_KVM) return fail(VMI_INIT_ERROR_DRIVER_NOT_DETECTED);
+  // As libvmi answers for a driver that it was not built with.
+  if (mode != VMI_KVM) return VMI_FAILURE;
   if (!namesOneGuest(domain, init_flags)) return fail(VMI_INIT_ERROR_VM_NOT_FOUND);
 
   auto instance = std::make_unique<vmi_instance>();
@@ -110,9 +105,9 @@ status_t vmi_destroy(vmi_instance_t vmi) {
   vmi->shuttingDown = true;
   if (vmi->hasEvents()) {
     if (vmi->pauseCount == 0) vmi_pause_vm(vmi);
-    for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
-      if (vmi->vcpus[vcpu].singleStepping) controlSingleStep(vmi, vcpu, false);
+    stopSingleSteps(vmi);
     controlSessionEvents(*vmi, false);
+    letGoOutstanding(vmi);
   }
   // However often it was paused: nobody is left to resume it.
   if (vmi->pauseCount > 0) {

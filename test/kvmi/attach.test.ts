@@ -3,14 +3,15 @@ import { connect } from 'node:net';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import { eventually } from './eventually.js';
-import { greeting, Id, PAGE, type PeerOptions, ScriptedPeer } from './peer.js';
-import { attach, isBundled, Program } from './program.js';
+import { EventId, greeting, Id, ScriptedPeer } from './peer.js';
+import { attach, BUNDLED, Program } from './program.js';
 
 const FAILED_DRIVER = '1 error=2';
+const RW = 6;
 
 const programs: Program[] = [];
 function newProgram(): Program {
-  const program = new Program();
+  const program = new Program(BUNDLED);
   programs.push(program);
   return program;
 }
@@ -19,204 +20,121 @@ afterEach(async () => {
 });
 
 describe('attaching', () => {
-  it('asks for the version, the vCPUs, the events of each vCPU and the size of memory, in this order', async () => {
-    const { program, peer } = await attach({ vcpus: 2, memory: Buffer.alloc(48 * PAGE) });
-    expect(peer.log()).toEqual([
-      '2:',
-      '5:',
-      '9:00000000000000000100010000000000',
-      '9:00000000000000000200010000000000',
-      '9:00000000000000000600010000000000',
-      '9:00000000000000000b00010000000000',
-      '9:01000000000000000100010000000000',
-      '9:01000000000000000200010000000000',
-      '9:01000000000000000600010000000000',
-      '9:01000000000000000b00010000000000',
-      '29:',
+  it('leaves no socket behind, whether somebody has connected or not', async () => {
+    const [alone, attached] = [newProgram(), newProgram()];
+    const [, status] = await Promise.all([
+      ScriptedPeer.connect(attached.socketPath),
+      attached.init(),
+      alone.init(),
     ]);
-    expect(new Set(peer.received.map((m) => m.seq)).size).toBe(peer.received.length);
-    expect(await program.result('size')).toBe(
-      `2 0x${(48 * PAGE).toString(16)} 0x${(48 * PAGE).toString(16)}`,
-    );
-    expect(await program.end()).toBe(0);
-  });
-
-  it('leaves events alone when they were not asked for', async () => {
-    const program = newProgram();
-    const [status, peer] = await Promise.all([program.init(1), ScriptedPeer.connect(program.socketPath)]);
     expect(status).toBe('0 error=0');
-    expect(peer.all(Id.controlEvents)).toEqual([]);
-    expect(await program.result('watch 0 5 6')).toBe('1');
-    expect(await program.result('listen 0')).toBe('1');
-    expect(await program.result('pending')).toBe('-1');
-    expect(await program.result('read 0 4')).toBe('0 4 00000000');
+    expect([alone, attached].map(({ socketPath }) => existsSync(socketPath))).toEqual([false, false]);
   });
 
-  it('answers the greeting with 24 bytes that begin with their size', async () => {
-    const { program, peer } = await attach();
-    expect(peer.greetingReply.toString('hex')).toBe(`18000000${'00'.repeat(20)}`);
-    expect(await program.end()).toBe(0);
+  it('fails within a bounded time when one comes after the other and none tells its version', async () => {
+    const program = newProgram();
+    let waiting = true;
+    const come = async () => {
+      while (waiting) {
+        await new Promise((gone) => {
+          const socket = connect(program.socketPath).resume();
+          socket.on('connect', () => socket.write(greeting()));
+          socket.on('error', () => {});
+          socket.on('close', gone);
+        });
+        await sleep(5);
+      }
+    };
+    const coming = [come(), come()];
+    expect(await program.init()).toBe(FAILED_DRIVER);
+    waiting = false;
+    await Promise.all(coming);
   });
 
-  it.each<[string, PeerOptions]>([
-    ['a greeting longer than is known', { greeting: greeting(5000) }],
-    ['a newer version', { version: 7 }],
-  ])('accepts %s', async (_, options) => {
-    const { program } = await attach(options);
-    expect(await program.end()).toBe(0);
-  });
-
-  it.each<[string, PeerOptions]>([
-    ['too short a greeting', { greeting: greeting(31) }],
-    ['too long a greeting', { greeting: greeting(65537) }],
-    ['version 0', { version: 0 }],
-  ])('turns away a peer with %s and goes on waiting for another', async (_, options) => {
+  it.each<[string, number, Buffer]>([
+    ['no vCPUs', Id.getGuestInfo, Buffer.alloc(16)],
+    ['impossibly many vCPUs', Id.getGuestInfo, Buffer.from('ffffffff000000000000000000000000', 'hex')],
+    ['impossibly much memory', Id.getMaxGfn, Buffer.alloc(8, 0xff)],
+  ])('fails on a guest of %s', async (_, id, answer) => {
     const program = newProgram();
     const status = program.init();
-    const bad = await ScriptedPeer.connect(program.socketPath, options);
-    await eventually(() => bad.closed).toBe(true);
-    await ScriptedPeer.connect(program.socketPath);
-    expect(await status).toBe('0 error=0');
+    const peer = await ScriptedPeer.connect(program.socketPath);
+    peer.answers.set(id, () => answer);
+    expect(await status).toBe(FAILED_DRIVER);
   });
 
-  it('fails within a bounded time when nobody connects, and when somebody connects and says nothing', async () => {
-    const [alone, silent] = [newProgram(), newProgram()];
-    const mute = ScriptedPeer.connect(silent.socketPath, { greeting: Buffer.alloc(0) });
-    expect(await Promise.all([alone.init(), silent.init()])).toEqual([FAILED_DRIVER, FAILED_DRIVER]);
-    (await mute).close();
-    if (isBundled) expect(existsSync(alone.socketPath)).toBe(false);
-  });
-
-  it.runIf(isBundled)(
-    'fails within a bounded time when one comes after the other and none tells its version',
-    async () => {
-      const program = newProgram();
-      let waiting = true;
-      const come = async () => {
-        while (waiting) {
-          await new Promise((gone) => {
-            const socket = connect(program.socketPath).resume();
-            socket.on('connect', () => socket.write(greeting()));
-            socket.on('error', () => {});
-            socket.on('close', gone);
-          });
-          await sleep(5);
-        }
-      };
-      const coming = [come(), come()];
-      expect(await program.init()).toBe(FAILED_DRIVER);
-      waiting = false;
-      await Promise.all(coming);
-    },
-  );
-
-  it('fails when a command of the attach is refused or answered with nonsense', async () => {
-    const refusals: [number, Buffer | number][] = [
-      [Id.getGuestInfo, -22],
-      [Id.getGuestInfo, Buffer.alloc(16)],
-      [Id.getGuestInfo, Buffer.from('ffffffff000000000000000000000000', 'hex')],
-      [Id.controlEvents, -95],
-      [Id.getMaxGfn, -1],
-      [Id.getMaxGfn, Buffer.alloc(8, 0xff)],
-    ];
-    for (const [id, answer] of isBundled ? refusals : refusals.slice(0, 1)) {
-      const program = newProgram();
-      const status = program.init();
-      const peer = await ScriptedPeer.connect(program.socketPath);
-      peer.answers.set(id, () => answer);
-      expect(await status).toBe(FAILED_DRIVER);
-    }
-  });
-
-  it('fails at once on an unusable path, and touches no file that is not a socket', async () => {
+  it('touches no file that is not a socket, and refuses a path that libvmi takes for another', async () => {
     const program = newProgram();
     const file = `${program.socketPath}.txt`;
     writeFileSync(file, 'mine');
-    expect(await program.init(5, '/nonexistent/directory/socket')).toBe(FAILED_DRIVER);
-    if (isBundled) {
-      expect(await program.init(5, file)).toBe(FAILED_DRIVER);
-      expect(await program.init(5, `/tmp/${'x'.repeat(104)}`)).toBe(FAILED_DRIVER);
-      expect(await program.init(5, '7.sock')).toBe(FAILED_DRIVER);
-      expect(existsSync(file)).toBe(true);
-    }
+    for (const path of [file, `/tmp/${'x'.repeat(104)}`, '7.sock'])
+      expect(await program.init(undefined, path)).toBe(FAILED_DRIVER);
+    expect(existsSync(file)).toBe(true);
   });
 
-  it('takes over the socket that a dead program left behind', async () => {
-    const program = newProgram();
-    const dead = newProgram();
-    const status = dead.init(5, program.socketPath);
-    await eventually(() => existsSync(program.socketPath)).toBe(true);
-    process.kill(dead.pid, 'SIGKILL');
-    await expect(status).rejects.toThrow('SIGKILL');
-    expect(existsSync(program.socketPath)).toBe(true);
-    const [again] = await Promise.all([program.init(), ScriptedPeer.connect(program.socketPath)]);
-    expect(again).toBe('0 error=0');
-  });
-
-  it.runIf(isBundled)('does not take the socket of a program that is waiting there', async () => {
+  it('does not take the socket of a program that is waiting there', async () => {
     const [first, second] = [newProgram(), newProgram()];
     const status = first.init();
     await eventually(() => existsSync(first.socketPath)).toBe(true);
-    expect(await second.init(5, first.socketPath)).toBe(FAILED_DRIVER);
+    expect(await second.init(undefined, first.socketPath)).toBe(FAILED_DRIVER);
     await ScriptedPeer.connect(first.socketPath);
     expect(await status).toBe('0 error=0');
   });
-
-  it.runIf(isBundled)('refuses another mode, and flags that do not name exactly one guest', async () => {
-    const program = newProgram();
-    const FILE = 2;
-    expect(await program.init(5, program.socketPath, FILE)).toMatch(/^1 /);
-    expect(await program.init(4)).toBe('1 error=3');
-    expect(await program.init(1 | 2 | 4)).toBe('1 error=3');
-  });
-
-  it('can attach again after a destroy', async () => {
-    const { program, peer } = await attach();
-    expect(await program.result('destroy')).toBe('0');
-    await eventually(() => peer.closed).toBe(true);
-    const [status] = await Promise.all([program.init(), ScriptedPeer.connect(program.socketPath)]);
-    expect(status).toBe('0 error=0');
-    expect(await program.end()).toBe(0);
-  });
 });
 
-describe('destroying', () => {
-  it('pauses, turns the events of each vCPU off, resumes and disconnects', async () => {
-    const { program, peer } = await attach({ vcpus: 1 });
-    const before = peer.received.length;
-    expect(await program.result('destroy')).toBe('0');
-    await eventually(() => peer.closed).toBe(true);
-    const off = [1, 2, 6, 11].map((event) => `9:0000000000000000${hex8(event)}00000000000000`);
-    const log = peer.log(before);
-    expect(log.slice(0, 3)).toEqual([
-      '27:0001000000000000',
-      '7:00000000000000000100000000000000',
-      '27:0101000000000000',
-    ]);
-    expect(log.filter((line) => line.startsWith('9:'))).toEqual(off);
-    expect(log.at(-1)).toBe(`0:0000000000000000${'000a'}000000000000`);
-    expect(await program.end()).toBe(0);
-  });
-
-  it('answers an event that is still outstanding without calling back', async () => {
-    const { program, peer } = await attach({ vcpus: 1 });
-    await program.run('watch 0 5 6');
-    const seq = peer.raisePageFault(0, 0x5000n, 0x5000n);
-    const outcome = await program.run('destroy');
-    expect(outcome).toEqual({ result: '0', events: [] });
-    await peer.reply(seq);
-    expect(await program.end()).toBe(0);
-  });
-
-  it.runIf(isBundled)('lets a guest go that was paused twice', async () => {
-    const { program, peer } = await attach({ vcpus: 2 });
-    await program.run('pause');
-    await program.run('pause');
+describe('destroying lets go a guest', () => {
+  it.each(['once', 'twice'])('that was paused %s', async (often) => {
+    const { program, peer } = await attach(BUNDLED, { vcpus: 2 });
+    for (const _ of often === 'once' ? [1] : [1, 2]) await program.run('pause');
     expect(await program.result('destroy')).toBe('0');
     await eventually(() => peer.all(Id.eventReply).length).toBe(2);
+    expect(await program.end()).toBe(0);
+  });
+
+  it.each([
+    ['a violation that nobody handles', '', 0x6000n],
+    ['a violation with more data than fits', 'emulate-size 257', 0x5000n],
+    ['a violation whose registers were refused', 'respond 128', 0x5000n],
+  ])('whose vCPU stands still at %s', async (_, actions, gpa) => {
+    const { program, peer } = await attach(BUNDLED, { vcpus: 2 });
+    peer.answers.set(Id.setRegisters, () => -22);
+    await program.run(`watch 0 5 ${RW}`);
+    await program.run(`actions ${actions}`);
+    const seq = peer.raisePageFault(1, gpa, gpa);
+    expect(await program.result('listen 10000')).toBe('0');
+    expect(await program.run('destroy')).toEqual({ result: '0', events: [] });
+    expect((await peer.reply(seq)).body.toString('hex', 16)).toBe('00'.repeat(272));
+    // The event, then both pauses.
+    await eventually(() => peer.all(Id.eventReply).length).toBe(3);
+    expect(await program.end()).toBe(0);
+  });
+
+  it('whose vCPU stands still at a write to a register, with the value that it writes', async () => {
+    const { program, peer } = await attach(BUNDLED, { vcpus: 1 });
+    const write = Buffer.alloc(24);
+    write.writeBigUInt64LE(0x1122334455667788n, 16);
+    const seq = peer.raise(0, EventId.controlRegister, write);
+    expect(await program.result('listen 10000')).toBe('0');
+    expect(await program.result('destroy')).toBe('0');
+    expect((await peer.reply(seq)).body.toString('hex', 16)).toBe('8877665544332211');
+    expect(await program.end()).toBe(0);
+  });
+
+  it('of which a vCPU never stops, within a bounded time', async () => {
+    const { program, peer } = await attach(BUNDLED, { vcpus: 2 });
+    peer.reportsPauses = false;
+    expect(await program.result('destroy')).toBe('0');
+    await eventually(() => peer.closed).toBe(true);
+    expect(await program.end()).toBe(0);
   });
 });
 
-function hex8(value: number): string {
-  return value.toString(16).padStart(2, '0');
-}
+describe('a hypervisor that connects again', () => {
+  it('is not accepted: its restrictions would be lost unnoticed', async () => {
+    const { program, peer } = await attach(BUNDLED);
+    peer.close();
+    expect(await program.result('listen 10000')).toBe('1');
+    expect(existsSync(program.socketPath)).toBe(false);
+    expect(await program.end()).toBe(0);
+  });
+});

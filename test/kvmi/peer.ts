@@ -19,6 +19,15 @@ export const Id = {
   controlSingleStep: 63,
 } as const;
 
+/** Commands whose body begins with the number of a vCPU. */
+const OF_A_VCPU: ReadonlySet<number> = new Set([
+  Id.pauseVcpu,
+  Id.controlEvents,
+  Id.getRegisters,
+  Id.setRegisters,
+  Id.controlSingleStep,
+]);
+
 export const EventId = {
   controlRegister: 1,
   msr: 2,
@@ -271,6 +280,7 @@ export class ScriptedPeer {
   }
 
   private usual({ id, body }: Message): Answer {
+    if (OF_A_VCPU.has(id) && body.readUInt16LE(0) >= this.vcpus) return EINVAL;
     switch (id) {
       case Id.getVersion: {
         const reply = Buffer.alloc(16);

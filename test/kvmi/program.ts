@@ -6,11 +6,7 @@ import { createInterface } from 'node:readline';
 import { type PeerOptions, ScriptedPeer } from './peer.js';
 
 const PROGRAM = 'build/Release/kvmi-abi-check';
-const BUNDLED = 'build/Release/kvmi.so';
-const LIBRARY = process.env.MEMTABLES_LIBVMI ?? BUNDLED;
-
-/** Some of what the bundled library promises, libvmi does not: see docs/kvmi-library.md. */
-export const isBundled = LIBRARY === BUNDLED;
+export const BUNDLED = 'build/Release/kvmi.so';
 
 const INIT_DOMAINNAME = 1;
 const INIT_EVENTS = 4;
@@ -22,7 +18,7 @@ export interface Outcome {
   readonly events: readonly string[];
 }
 
-/** A C program that uses the library, told line by line what to do. */
+/** A C program that uses a library, told line by line what to do. */
 export class Program {
   stderr = '';
   /** How it ended: an exit code, or the signal that killed it. */
@@ -33,9 +29,9 @@ export class Program {
   private readonly pending: { resolve: (outcome: Outcome) => void; reject: (error: Error) => void }[] = [];
   private events: string[] = [];
 
-  constructor() {
+  constructor(library: string) {
     if (!existsSync(PROGRAM)) throw new Error(`${PROGRAM} is missing: run npm run setup`);
-    this.child = spawn(PROGRAM, [LIBRARY]);
+    this.child = spawn(PROGRAM, [library]);
     this.child.stdin.on('error', () => {});
     this.child.stderr.on('data', (text) => {
       this.stderr += text;
@@ -88,9 +84,14 @@ export class Program {
   }
 }
 
+export interface Attached {
+  readonly program: Program;
+  readonly peer: ScriptedPeer;
+}
+
 /** A program that has attached to a scripted peer. */
-export async function attach(options: PeerOptions = {}): Promise<{ program: Program; peer: ScriptedPeer }> {
-  const program = new Program();
+export async function attach(library: string, options: PeerOptions = {}): Promise<Attached> {
+  const program = new Program(library);
   const [status, peer] = await Promise.all([
     program.init(),
     ScriptedPeer.connect(program.socketPath, options),

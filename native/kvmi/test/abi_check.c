@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define SIZE(type, size) _Static_assert(sizeof(type) == (size), #type)
 #define FIELD(type, field, offset, size)                            \
@@ -190,6 +191,14 @@ static vmi_event_t events[SLOTS];
 static char actions[MAX_LINE]; /* what the next callbacks do */
 static uint8_t data[MAX_DATA];
 
+static time_t now = 1000000;
+
+/* Takes the place of the C library's: pages that a library keeps grow old when a test says so. */
+__attribute__((visibility("default"))) time_t time(time_t *copy) {
+  if (copy) *copy = now;
+  return now;
+}
+
 static void die(const char *what, const char *detail) {
   fprintf(stderr, "kvmi-abi-check: %s: %s\n", what, detail);
   exit(2);
@@ -370,6 +379,16 @@ static void run(const char *command, char **rest) {
     lib.vmi_pagecache_flush(vmi);
     lib.vmi_v2pcache_flush(vmi, ~(addr_t)0);
     say("= flush 0");
+  } else if (!strcmp(command, "flush-pages")) {
+    lib.vmi_pagecache_flush(vmi);
+    say("= flush-pages 0");
+  } else if (!strcmp(command, "flush-translations")) {
+    const char *root = word(rest);
+    lib.vmi_v2pcache_flush(vmi, *root ? strtoull(root, NULL, 0) : ~(addr_t)0);
+    say("= flush-translations 0");
+  } else if (!strcmp(command, "pass-seconds")) {
+    now += (time_t)number(rest);
+    say("= pass-seconds 0");
   } else if (!strcmp(command, "registers")) {
     registers_t registers = {0};
     const status_t status = lib.vmi_get_vcpuregs(vmi, &registers, number(rest));

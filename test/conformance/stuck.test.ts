@@ -7,8 +7,8 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { MemtablesError } from '../../src/errors.js';
 import { cutConnection } from '../../src/libvmi/cut.js';
 import { createHeartbeat, Watchdog } from '../../src/libvmi/watchdog.js';
-import { LIBRARIES } from './libraries.js';
-import { Peer } from './peer.js';
+import { LIBRARIES } from '../libvmi/libraries.js';
+import { Peer } from '../libvmi/peer.js';
 
 /** Longer than a busy machine ever takes for a call that is answered. */
 const LIMIT_MS = 1000;

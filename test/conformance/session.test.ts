@@ -11,9 +11,9 @@ import { createHeartbeat, Watchdog } from '../../src/libvmi/watchdog.js';
 import type { Violation } from '../../src/vmi/hypervisor.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
 import { GPR_NAMES, type Registers } from '../../src/x86/registers.js';
-import { LIBRARIES } from './libraries.js';
-import { Peer } from './peer.js';
-import type { PageFault } from './peer-thread.js';
+import { LIBRARIES } from '../libvmi/libraries.js';
+import { Peer } from '../libvmi/peer.js';
+import type { PageFault } from '../libvmi/peer-thread.js';
 
 const VCPUS = 2;
 const FRAMES = 64;
