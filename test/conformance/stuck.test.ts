@@ -142,9 +142,3 @@ describe.runIf(isBuilt).each(LIBRARIES)('a thread that is stuck in $library', ({
     await ended;
   });
 });
-
-describe('cutting', () => {
-  test('a connection that is not there does nothing', () => {
-    cutConnection(join(tmpdir(), 'memtables-no-such-socket'));
-  });
-});
