@@ -44,7 +44,10 @@ typedef uint8_t vmi_mem_access_t;
 #define VMI_MEMACCESS_WX (VMI_MEMACCESS_W | VMI_MEMACCESS_X)
 #define VMI_MEMACCESS_RWX (VMI_MEMACCESS_R | VMI_MEMACCESS_W | VMI_MEMACCESS_X)
 
-/* What a callback asks for, or-ed together. Every event is answered, whatever it says. */
+/*
+ * What a callback asks for, or-ed together. If the hypervisor refuses it, or nobody handles an event, that is not
+ * answered, and its vCPU stands still until vmi_destroy.
+ */
 typedef uint32_t event_response_t;
 #define VMI_EVENT_RESPONSE_NONE 0
 #define VMI_EVENT_RESPONSE_EMULATE (1u << 1)
@@ -61,7 +64,7 @@ typedef uint32_t event_response_t;
 #define VMI_EMUL_READ_MAX 256
 
 typedef struct emul_read {
-  uint32_t size;     /* at most VMI_EMUL_READ_MAX, or none of it is used */
+  uint32_t size;     /* at most VMI_EMUL_READ_MAX, or the event is not answered */
   uint8_t dont_free; /* 0: the library calls free() on this structure */
   uint8_t _pad[3];
   uint8_t data[VMI_EMUL_READ_MAX]; /* laid over the read from mem_event.gla on */
@@ -145,21 +148,21 @@ VMI_API status_t vmi_clear_event(vmi_instance_t vmi, vmi_event_t *event, vmi_eve
 VMI_API status_t vmi_set_mem_event(vmi_instance_t vmi, addr_t gfn, vmi_mem_access_t access, uint16_t slat_id);
 
 /*
- * Single-steps a vCPU `steps` times, then calls `cb`, or registers `event` again if `cb` is NULL. Refused when a
- * single-step event is registered on that vCPU.
+ * Single-steps a vCPU `steps` times, then calls `cb`, or registers `event` again if `cb` is NULL. The stepping ends
+ * with the vmi_events_listen that handles the last step. Refused when a single-step event is registered on that vCPU.
  */
 VMI_API status_t vmi_step_event(vmi_instance_t vmi, vmi_event_t *event, uint32_t vcpu_id, uint64_t steps,
                                 event_callback_t cb);
 
 /*
- * Adds a vCPU to a single-step event or takes it out. Refused inside a callback, and when the vCPU already is as it
- * should be.
+ * Adds a vCPU to a single-step event or takes it out. Fails inside a callback, and when the vCPU already is as it
+ * should be; if it was another event's, it is this one's all the same.
  */
 VMI_API status_t vmi_toggle_single_step_vcpu(vmi_instance_t vmi, vmi_event_t *event, uint32_t vcpu, bool enabled);
 
 /*
- * Waits up to `timeout` milliseconds for an event, and has the callbacks handle what has arrived. Succeeds if
- * nothing has. Refused inside a callback.
+ * Has the callbacks handle the events that came with the replies to commands; if there are none, waits up to `timeout`
+ * milliseconds for one. Succeeds if nothing has come. Refused inside a callback.
  */
 VMI_API status_t vmi_events_listen(vmi_instance_t vmi, uint32_t timeout);
 

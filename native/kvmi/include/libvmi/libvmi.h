@@ -79,8 +79,8 @@ VMI_API status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *doma
                           vmi_init_data_t *init_data, vmi_init_error_t *error);
 
 /*
- * Turns events off, resumes the guest if it is paused, and disconnects. Page permissions are not given back: clear
- * the events first. Fails only on NULL and inside a callback.
+ * Turns events off, answers what is unanswered, resumes the guest if it is paused, and disconnects. Page permissions
+ * are not given back: clear the events first. Fails only on NULL and inside a callback.
  */
 VMI_API status_t vmi_destroy(vmi_instance_t vmi);
 
@@ -188,17 +188,17 @@ typedef struct {
 
 /*
  * Read and write `count` bytes, also across pages. `*done`, if not NULL, is set to the bytes that were transferred,
- * on failure too. Nothing is read while the guest runs but what its memory holds now; while it is paused, pages are
- * cached.
+ * on failure too. A page that was read lately is not read again, also while the guest runs, nor is one that could not
+ * be read: pages are kept until they are flushed or, by a clock of whole seconds, more than one old.
  */
 VMI_API status_t vmi_read(vmi_instance_t vmi, const access_context_t *ctx, size_t count, void *buf, size_t *done);
 VMI_API status_t vmi_write(vmi_instance_t vmi, const access_context_t *ctx, size_t count, void *buf, size_t *done);
 VMI_API status_t vmi_read_pa(vmi_instance_t vmi, addr_t paddr, size_t count, void *buf, size_t *done);
 VMI_API status_t vmi_write_pa(vmi_instance_t vmi, addr_t paddr, size_t count, void *buf, size_t *done);
 
-/* Forgets cached pages: a device may have written to memory while the guest was paused. */
+/* Forgets cached pages: what is read next is what memory holds now. */
 VMI_API void vmi_pagecache_flush(vmi_instance_t vmi);
-/* Forgets cached translations of the page table `pt`, ~0 for all. */
+/* Forgets cached translations, which do not age, of the page table `pt`, ~0 for all. */
 VMI_API void vmi_v2pcache_flush(vmi_instance_t vmi, addr_t pt);
 
 /* ---- registers ---- */
