@@ -79,6 +79,15 @@
       "product_dir": "<(PRODUCT_DIR)/libvirt-stub",
       "sources": ["native/libvirt-stub/libvirt_qemu.c"],
       "cflags_c": ["-std=c11", "-Wall", "-Wextra"]
+    },
+    {
+      # What the engine is compared with; for `npm run bench:events`.
+      "target_name": "kvmi-bare-listener",
+      "type": "executable",
+      "sources": ["native/kvmi/bench/bare_listener.c"],
+      "include_dirs": ["native/kvmi/include"],
+      "cflags_c": ["-std=gnu11", "-O2", "-Wall", "-Wextra"],
+      "libraries": ["-ldl", "-pthread"]
     }
   ]
 }

@@ -186,7 +186,12 @@ const steps = [
     what: 'building the native parts (about a minute)',
     inputs: ['binding.gyp', 'native/machine', 'native/kvmi', 'native/libvirt-stub'],
     salt: process.versions.modules,
-    outputs: ['build/Release/machine.node', 'build/Release/kvmi.so', 'build/Release/libvirt-stub/libvirt.so'],
+    outputs: [
+      'build/Release/machine.node',
+      'build/Release/kvmi.so',
+      'build/Release/kvmi-bare-listener',
+      'build/Release/libvirt-stub/libvirt.so',
+    ],
     run: buildNative,
   },
   {

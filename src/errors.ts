@@ -35,8 +35,9 @@ export type ErrorCode =
   | 'JOURNAL_FAILED'
   | 'UNLOAD_BLOCKED'
   | 'ROLLBACK_FAILED'
-  // the demo
+  // the demo, and the benchmark
   | 'DEMO_FAILED'
+  | 'BENCH_FAILED'
   // the embedded machine
   | 'MACHINE_FAILED'
   | 'PROTOCOL_VIOLATION';

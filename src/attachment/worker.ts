@@ -1,5 +1,4 @@
 // The one thread that owns libvmi: it listens, lets the engine work between two listens, and takes commands.
-import { setTimeout as sleep } from 'node:timers/promises';
 import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
 import { MemtablesError } from '../errors.js';
 import { Journal } from '../journal/journal.js';
@@ -7,11 +6,10 @@ import { loadLibvmi } from '../libvmi/library.js';
 import { openSession } from '../libvmi/session.js';
 import { prepareSocketPath } from '../libvmi/socket-path.js';
 import { Engine } from '../memtables/engine.js';
-import { discoverKernel, type Kernel } from '../nt/kernel.js';
-import { loadProfile, type Profile } from '../nt/profile.js';
+import { loadProfile } from '../nt/profile.js';
 import type { Gpa } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
-import { whileQuiescent } from '../vmi/quiescence.js';
+import { findKernel } from './find-kernel.js';
 import {
   type Answers,
   type Command,
@@ -27,10 +25,6 @@ const MOST_STEPS = 10_000;
 
 /** How long a listen waits where nothing happens; commands are taken between two listens. */
 const LISTEN_MS = 20;
-
-/** A vCPU in user mode may hide the kernel's mapping (KPTI): look again a little later, this often. */
-const DISCOVERY_ATTEMPTS = 50;
-const DISCOVERY_PAUSE_MS = 20;
 
 async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
@@ -94,19 +88,6 @@ async function closing(resource: { close(): void }, use: () => void | Promise<vo
 function holds(session: Hypervisor, gpa: Gpa, bytes: Uint8Array): boolean {
   if (gpa + BigInt(bytes.length) > session.maxPhysicalAddress) return true;
   return Buffer.compare(session.readPhysical(gpa, bytes.length), bytes) === 0;
-}
-
-async function findKernel(session: Hypervisor, profile: Profile): Promise<Kernel> {
-  for (let attempt = 1; ; attempt++) {
-    try {
-      return whileQuiescent(session, () => discoverKernel(session, profile));
-    } catch (error) {
-      const hidden = error instanceof MemtablesError && error.code === 'KERNEL_NOT_FOUND';
-      if (!hidden || attempt === DISCOVERY_ATTEMPTS) throw error;
-    }
-    session.listen(0);
-    await sleep(DISCOVERY_PAUSE_MS);
-  }
 }
 
 /** Runs until the engine has unloaded, whether it was asked to or something failed. */

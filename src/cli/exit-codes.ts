@@ -59,6 +59,7 @@ const BY_CODE: Record<ErrorCode, number> = {
   UNLOAD_BLOCKED: EXIT.unload,
   ROLLBACK_FAILED: EXIT.unload,
   DEMO_FAILED: EXIT.internal,
+  BENCH_FAILED: EXIT.internal,
   MACHINE_FAILED: EXIT.hypervisor,
   PROTOCOL_VIOLATION: EXIT.hypervisor,
 };

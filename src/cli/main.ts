@@ -1,34 +1,15 @@
 #!/usr/bin/env node
 import { readFileSync } from 'node:fs';
-import { setImmediate as turn } from 'node:timers/promises';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import {
   DEFAULT_STUCK_AFTER_SECONDS,
   DEFAULT_THRESHOLD,
   DEFAULT_UNLOAD_SECONDS,
 } from '../attachment/attachment.js';
-import { MemtablesError } from '../errors.js';
 import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
-import { exitNow } from './exit-now.js';
-import { assertResultsWritten, Output, reportError } from './output.js';
-
-function integer(minimum: number, maximum: number) {
-  return (text: string): number => {
-    const value = Number(text);
-    if (!/^\d+$/.test(text) || value < minimum || value > maximum) {
-      throw new InvalidArgumentError(`Expected a whole number from ${minimum} to ${maximum}.`);
-    }
-    return value;
-  };
-}
-
-function seconds(text: string): number {
-  const value = Number(text);
-  if (!/^\d+(\.\d+)?$/.test(text) || value <= 0 || value > 86_400) {
-    throw new InvalidArgumentError('Expected a number of seconds, up to 86400.');
-  }
-  return value;
-}
+import { integer, json, library, seconds, seed } from './options.js';
+import { Output } from './output.js';
+import { run } from './run.js';
 
 function hooks(name: string, previous: readonly string[] = []): string[] {
   if (!/^nt!./.test(name))
@@ -43,20 +24,10 @@ function version(): string {
 
 const vcpus = () =>
   new Option('--vcpus <n>', 'virtual CPUs of the embedded guest').argParser(integer(1, 8)).default(2);
-const seed = () =>
-  new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
-    integer(0, 0xffffffff),
-  );
 const hook = (note: string) =>
   new Option('--hook <nt!Name>', `kernel function to hook; may be given several times (${note})`).argParser(
     hooks,
   );
-const json = () => new Option('--json', 'print JSON lines instead of text');
-const library = () =>
-  new Option(
-    '--libvmi <path>',
-    "library with libvmi's C ABI (default: the bundled one, else an installed libvmi)",
-  ).env('MEMTABLES_LIBVMI');
 
 const program = new Command('memtables')
   .description(
@@ -194,21 +165,5 @@ program
       process.exitCode = scanFiles(files, options, process.stdout);
     }),
   );
-
-/** A command is loaded when it is used: the decoder alone takes as long as the rest of a `--help`. */
-async function run(action: () => Promise<void>): Promise<void> {
-  try {
-    await action();
-    // A failed write is told of a turn later.
-    await turn();
-    assertResultsWritten();
-  } catch (error) {
-    const code = reportError(error);
-    // The thread that is stuck would keep the process alive.
-    if (error instanceof MemtablesError && error.code === 'HYPERVISOR_STUCK') exitNow(code);
-    // Not process.exit at once: what was printed so far has to reach a pipe.
-    process.exitCode = code;
-  }
-}
 
 await program.parseAsync();

@@ -3,6 +3,7 @@ import { MemtablesError } from '../errors.js';
 import { ACCESS_EXECUTE, ACCESS_READ, ACCESS_WRITE, type Machine, type Trap } from '../machine/machine.js';
 import { type Gfn, type Gva, gfnOf, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import { GPR_NAMES, type Registers } from '../x86/registers.js';
+import { EventTimes } from './event-times.js';
 import { eventMsrsOf, kvmMode, kvmRegsOf, kvmSregsOf } from './kvmi-registers.js';
 import {
   controlCmdResponse,
@@ -116,11 +117,13 @@ export class Introspection {
   private nextSeq = 1;
   private readonly vcpus: readonly Vcpu[];
   private readonly restricted = new Set<Gfn>();
+  readonly times: EventTimes;
 
   constructor(
     private readonly machine: Machine,
     private readonly observer: IntrospectionObserver,
   ) {
+    this.times = new EventTimes(machine.vcpuCount);
     this.vcpus = Array.from({ length: machine.vcpuCount }, (_, index) => ({
       index,
       enabled: new Set<number>(),
@@ -173,6 +176,7 @@ export class Introspection {
       vcpu.stepDue = false;
       vcpu.delayed = undefined;
       vcpu.enabled.clear();
+      this.times.interrupted(vcpu.index);
       this.machine.setSingleStep(vcpu.index, false);
       if (open?.event === EventId.PF && open.trap) this.observer.answered(open.trap, 'memory');
       if (open?.trap) this.machine.complete(vcpu.index);
@@ -399,7 +403,10 @@ export class Introspection {
       sregs: kvmSregsOf(registers),
       msrs: eventMsrsOf(registers),
     });
-    this.transmit(encodeMessage(MessageId.EVENT, seq, common, specific));
+    const message = encodeMessage(MessageId.EVENT, seq, common, specific);
+    if (event === EventId.PF) this.times.sent(vcpu.index);
+    else this.times.interrupted(vcpu.index);
+    this.transmit(message);
   }
 
   /** Lets a vCPU without an open event go on, up to the next event it owes. */
@@ -434,6 +441,7 @@ export class Introspection {
     const specific = vcpuHeader.size + eventReply.size;
     const answer = event === EventId.PF ? pageFaultReply.decode(body, specific) : undefined;
     vcpu.open = undefined;
+    if (event === EventId.PF) this.times.answered(index);
     if (answer && open.trap) this.answerPageFault(vcpu, open.trap, action, answer);
     else this.endPauseOrStep(vcpu, open);
     this.settle(vcpu);

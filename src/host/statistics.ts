@@ -2,6 +2,7 @@
 import type { LoadedGuest } from '../guest/loader.js';
 import type { GuestReport, ProcessorReport, StreamReport } from '../guest/report.js';
 import { hex } from '../vmi/address.js';
+import type { EventTimesReport } from './event-times.js';
 import type { Introspection } from './introspection.js';
 import type { ViolationReport } from './violation-counters.js';
 
@@ -46,6 +47,7 @@ export interface HostStatistics {
   /** Frames whose permissions the tool has taken away. */
   readonly restrictedFrames: number;
   readonly violations: ViolationReport;
+  readonly pageFaults: EventTimesReport;
   /** Absent until the guest has booted so far. */
   readonly guest?: GuestStatistics;
 }
@@ -67,6 +69,7 @@ export function hostStatistics(
     paused: introspection.paused,
     restrictedFrames: introspection.restrictedFrames,
     violations,
+    pageFaults: introspection.times.report(),
     ...(report && { guest: guestStatistics(report) }),
   };
 }

@@ -44,6 +44,7 @@ export function hostStatistics({
         ...site,
       })),
     },
+    pageFaults: { answered: 0, turnaroundNs: 0, followed: 0, hostNs: 0 },
     guest: {
       switches: { 'one-level': 0, 'two-level': 0, 'look-alike': 0, ...switches },
       streams: [],

@@ -1,0 +1,30 @@
+// Options and arguments that more than one command has.
+import { InvalidArgumentError, Option } from 'commander';
+
+export function integer(minimum: number, maximum: number) {
+  return (text: string): number => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < minimum || value > maximum) {
+      throw new InvalidArgumentError(`Expected a whole number from ${minimum} to ${maximum}.`);
+    }
+    return value;
+  };
+}
+
+export function seconds(text: string): number {
+  const value = Number(text);
+  if (!/^\d+(\.\d+)?$/.test(text) || value <= 0 || value > 86_400) {
+    throw new InvalidArgumentError('Expected a number of seconds, up to 86400.');
+  }
+  return value;
+}
+
+export const seed = () =>
+  new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
+    integer(0, 0xffffffff),
+  );
+export const json = () => new Option('--json', 'print JSON lines instead of text');
+export const library = () =>
+  new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
+    'MEMTABLES_LIBVMI',
+  );
