@@ -58,7 +58,7 @@ export async function benchEvents(
     try {
       const rounds: Round[] = [];
       while (rounds.length < options.rounds) {
-        const round = await unlessAborted(signal, listeners.round());
+        const round = await unlessAborted(signal, listeners.round(signal));
         rounds.push(round);
         onRound(round, rounds.length);
       }
@@ -84,14 +84,14 @@ class Listeners {
     this.#thread = new ListenerThread(options);
   }
 
-  async round(): Promise<Round> {
+  async round(signal: AbortSignal): Promise<Round> {
     const frames = await this.#thread.attachEngine();
     const engine = await this.#measureEngine();
     await this.#thread.detach();
     await this.#thread.attachBinding(frames);
     const binding = await this.#measure();
     await this.#thread.detach();
-    const listener = await BareListener.attach(this.options, frames);
+    const listener = await BareListener.attach(this.options, frames, signal);
     const bare = await this.#measure();
     await listener.detach();
     return { bare, binding, engine };
@@ -104,13 +104,17 @@ class Listeners {
   async #measureEngine(): Promise<Round['engine']> {
     await sleep(SETTLE_MS);
     const from = this.#thread.handlerTime;
-    const measured = await this.#measure();
+    const measured = await this.#watch();
     const to = this.#thread.handlerTime;
     return { ...measured, handler: ((to.ms - from.ms) / (to.calls - from.calls)) * 1000 };
   }
 
   async #measure(): Promise<Measured> {
     await sleep(SETTLE_MS);
+    return await this.#watch();
+  }
+
+  async #watch(): Promise<Measured> {
     const from = await this.host.statistics();
     await sleep(this.milliseconds);
     return measuredBetween(from, await this.host.statistics());

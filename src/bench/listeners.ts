@@ -63,20 +63,25 @@ export class BareListener {
   readonly #process: ChildProcess;
   readonly #ended: Promise<string>;
 
-  private constructor(args: readonly string[]) {
-    this.#process = spawn(BARE_LISTENER, args, { stdio: ['pipe', 'pipe', 'inherit'] });
+  private constructor(args: readonly string[], signal: AbortSignal) {
+    this.#process = spawn(BARE_LISTENER, args, {
+      stdio: ['pipe', 'pipe', 'inherit'],
+      signal,
+      killSignal: 'SIGKILL',
+    });
     this.#ended = new Promise((resolve) => {
       this.#process.once('error', (error) => resolve(error.message));
       this.#process.once('exit', (code, signal) => resolve(signal ?? `exit code ${code}`));
     });
   }
 
-  /** @throws MemtablesError `BENCH_FAILED` when it ends before it listens */
+  /** @throws MemtablesError `BENCH_FAILED` when it ends before it listens, also by `signal` */
   static async attach(
     { library, name, socket }: Pick<ListenerOptions, 'library' | 'name' | 'socket'>,
     frames: readonly Gfn[],
+    signal: AbortSignal,
   ): Promise<BareListener> {
-    const listener = new BareListener([library, name, socket, ...frames.map(hex)]);
+    const listener = new BareListener([library, name, socket, ...frames.map(hex)], signal);
     const listening = once(createInterface({ input: listener.#process.stdout! }), 'line');
     const ending = await Promise.race([listening.then(() => undefined), listener.#ended]);
     if (ending !== undefined) throw listenerFailed(ending);

@@ -13,12 +13,12 @@ await new Command('bench:events')
   .addOption(
     new Option('--seconds <n>', 'length of each measurement; a round has three')
       .argParser(seconds)
-      .default(1),
+      .default(0.5),
   )
   .addOption(
     new Option('--rounds <n>', 'rounds; the figures are medians over them')
       .argParser(integer(1, 1000))
-      .default(7),
+      .default(11),
   )
   .addOption(library())
   .addOption(json())

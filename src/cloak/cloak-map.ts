@@ -8,6 +8,11 @@ export interface Cloak<Owner> extends HiddenPiece {
   readonly owner: Owner;
 }
 
+/** A cloak, and its offset on its page. */
+interface Placed<Owner> extends Cloak<Owner> {
+  readonly first: number;
+}
+
 /** Reads guest-physical memory as it is. */
 export type PhysicalReader = (gpa: Gpa, length: number) => Uint8Array;
 
@@ -20,7 +25,7 @@ export const MAX_ANSWER = 256;
  */
 export class CloakMap<Owner> {
   /** The cloaks of each frame, which never overlap. A frame without one has no entry. */
-  readonly #frames = new Map<Gfn, Cloak<Owner>[]>();
+  readonly #frames = new Map<Gfn, Placed<Owner>[]>();
 
   /**
    * Hides the bytes of `cloak`, all on one frame; `cloaksOfChange` splits a longer range.
@@ -45,7 +50,12 @@ export class CloakMap<Owner> {
       });
     }
     const frame = this.#frames.get(gfnOf(gpa)) ?? [];
-    const own = { ...cloak, original: Uint8Array.from(original), current: Uint8Array.from(current) };
+    const own = {
+      ...cloak,
+      first: pageOffset(gpa),
+      original: Uint8Array.from(original),
+      current: Uint8Array.from(current),
+    };
     this.#frames.set(gfnOf(gpa), [...frame, own]);
   }
 
@@ -80,12 +90,20 @@ export class CloakMap<Owner> {
 
   /** True when any of these bytes is hidden. */
   touches(gpa: Gpa, length: number): boolean {
-    return this.#overlapping(gpa, length).length > 0;
+    const from = pageOffset(gpa);
+    if (from + length > PAGE_SIZE) return this.#overlapping(gpa, length).length > 0;
+    // Asked for every violation: on one page, offsets do.
+    const cloaks = this.#frames.get(gfnOf(gpa));
+    if (cloaks === undefined) return false;
+    for (const { first, original } of cloaks) {
+      if (Math.max(from, first) < Math.min(from + length, first + original.length)) return true;
+    }
+    return false;
   }
 
   /** What a reader must see of this range, of any length: memory, with the original bytes laid over it. */
   overlay(gpa: Gpa, length: number, read: PhysicalReader): Uint8Array {
-    const bytes = Uint8Array.from(read(gpa, length));
+    const bytes = new Uint8Array(read(gpa, length));
     for (const cloak of this.#overlapping(gpa, length)) {
       const { from, to } = intersection(cloak, gpa, length);
       bytes.set(

@@ -5,8 +5,7 @@ import { checkCandidate } from '../switches/candidate.js';
 import { type Gfn, type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { HiddenMemory, HiddenPiece, Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../x86/instruction.js';
-import type { InstructionCache } from '../x86/instruction-cache.js';
-import { memoryAccess } from '../x86/memory-access.js';
+import type { CachedInstruction, InstructionCache } from '../x86/instruction-cache.js';
 import { onlyReadOf } from '../x86/only-read.js';
 import type { CodeChange } from './patcher.js';
 import type { Site, SiteTable } from './sites.js';
@@ -75,7 +74,7 @@ export class Monitor implements HiddenMemory {
     if (!violation.read) return undefined;
     this.#count(violation, instruction);
     // Never only as much as was decoded: the code at RIP may be another by now than the one that is cached.
-    return this.cloaks.answer(violation.gpa, (gpa, length) => this.#readPhysical(gpa, length));
+    return this.cloaks.answer(violation.gpa, this.#readPhysical);
   }
 
   readsOnce({ rip, gva }: Violation): boolean {
@@ -97,16 +96,17 @@ export class Monitor implements HiddenMemory {
     this.#rememberWrite({ gpa, length: undefined });
   }
 
-  #count(violation: Violation, instruction: Instruction | undefined): void {
+  #count(violation: Violation, instruction: CachedInstruction | undefined): void {
     if (this.sites.isRelocated(violation.rip)) {
       // Its load was decoded before it was replaced; the hypervisor completes it as it was.
       this.staleEvents++;
       return;
     }
-    const access = instruction && memoryAccess(instruction, 'read');
+    const access = instruction?.read;
     const reach = Math.min(access?.bytes ?? MAX_ANSWER, PAGE_SIZE - pageOffset(violation.gpa));
     if (this.cloaks.touches(violation.gpa, reach)) {
-      increment(this.cloakedReads, access?.form ?? 'unknown');
+      const form = access?.form ?? 'unknown';
+      this.cloakedReads.set(form, (this.cloakedReads.get(form) ?? 0) + 1);
     } else if (instruction === undefined || !this.#countTableLoad(instruction, violation)) {
       this.#countReader(violation.rip);
     }
@@ -128,9 +128,9 @@ export class Monitor implements HiddenMemory {
   }
 
   /** The decoded instruction, or `undefined` where the guest shows none. */
-  #instructionAt(rip: Gva): Instruction | undefined {
+  #instructionAt(rip: Gva): CachedInstruction | undefined {
     try {
-      return this.instructions.lookup(rip, () => this.#codeAt(rip));
+      return this.instructions.lookup(rip, this.#codeAt);
     } catch (error) {
       // A guest that changes its code or its mappings under our eyes is not an error of ours.
       if (error instanceof MemtablesError && UNREADABLE_CODE.has(error.code)) return undefined;
@@ -139,24 +139,24 @@ export class Monitor implements HiddenMemory {
   }
 
   /** Up to 15 bytes, fewer where the next page is not mapped. */
-  #codeAt(rip: Gva): Uint8Array {
+  readonly #codeAt = (rip: Gva): Uint8Array => {
     const onPage = PAGE_SIZE - pageOffset(rip);
     const length =
       onPage >= MAX_INSTRUCTION_LENGTH || this.kernel.memory.isMapped(rip + BigInt(onPage))
         ? MAX_INSTRUCTION_LENGTH
         : onPage;
     return this.kernel.memory.read(rip, length);
-  }
+  };
 
   /** A page that is cached may be older than a write that was an event; the write itself comes after its answer. */
-  #readPhysical(gpa: Gpa, length: number): Uint8Array {
+  readonly #readPhysical = (gpa: Gpa, length: number): Uint8Array => {
     if (performance.now() - this.#wroteAt < LONGEST_CACHED_MS) this.hypervisor.flushCaches();
     return this.hypervisor.readPhysical(gpa, length);
-  }
+  };
 
-  #noteWrite({ gva, gpa }: Violation, instruction: Instruction | undefined): void {
+  #noteWrite({ gva, gpa }: Violation, instruction: CachedInstruction | undefined): void {
     this.#wroteAt = performance.now();
-    const length = instruction && memoryAccess(instruction, 'write').bytes;
+    const length = instruction?.write.bytes;
     const reach = Math.min(length ?? PAGE_SIZE, PAGE_SIZE - pageOffset(gpa));
     this.instructions.invalidate(gva, reach);
     if (!this.cloaks.touches(gpa, reach)) return;
@@ -196,10 +196,7 @@ export class Monitor implements HiddenMemory {
 
   #countReader(rip: Gva): void {
     this.otherReads++;
-    if (this.readers.has(rip) || this.readers.size < MAX_READERS) increment(this.readers, rip);
+    const reads = this.readers.get(rip);
+    if (reads !== undefined || this.readers.size < MAX_READERS) this.readers.set(rip, (reads ?? 0) + 1);
   }
-}
-
-function increment<Key>(counters: Map<Key, number>, key: Key): void {
-  counters.set(key, (counters.get(key) ?? 0) + 1);
 }

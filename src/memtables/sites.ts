@@ -19,33 +19,32 @@ const MAX_TABLES_PER_LOAD = 16;
 
 /** The sites seen so far, by RIP and table. */
 export class SiteTable {
-  readonly #byRip = new Map<Gva, Map<Gva, Site>>();
+  readonly #byRip = new Map<Gva, Site[]>();
 
   /** The site, made when it is new; `undefined` when there are too many already. */
   find(rip: Gva, table: Gva): Site | undefined {
-    let tables = this.#byRip.get(rip);
-    if (tables === undefined) {
+    let sites = this.#byRip.get(rip);
+    if (sites === undefined) {
       if (this.#byRip.size >= MAX_LOADS) return undefined;
-      tables = new Map();
-      this.#byRip.set(rip, tables);
+      sites = [];
+      this.#byRip.set(rip, sites);
     }
-    let site = tables.get(table);
+    let site = sites.find((known) => known.table === table);
     if (site === undefined) {
-      if (tables.size >= MAX_TABLES_PER_LOAD) return undefined;
+      if (sites.length >= MAX_TABLES_PER_LOAD) return undefined;
       site = { rip, table, hits: 0, state: 'counted' };
-      tables.set(table, site);
+      sites.push(site);
     }
     return site;
   }
 
   /** True when the instruction at `rip` is a jump of ours now. */
   isRelocated(rip: Gva): boolean {
-    const sites = this.#byRip.get(rip)?.values() ?? [];
-    for (const { redirection } of sites) if (redirection?.jump !== undefined) return true;
-    return false;
+    const sites = this.#byRip.get(rip);
+    return sites?.some(({ redirection }) => redirection?.jump !== undefined) ?? false;
   }
 
   *all(): Generator<Site> {
-    for (const tables of this.#byRip.values()) yield* tables.values();
+    for (const sites of this.#byRip.values()) yield* sites;
   }
 }

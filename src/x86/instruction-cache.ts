@@ -1,17 +1,30 @@
 import { MemtablesError } from '../errors.js';
 import { type Gva, hex } from '../vmi/address.js';
 import { decodeInstruction, type Instruction, MAX_INSTRUCTION_LENGTH } from './instruction.js';
+import { type MemoryAccess, memoryAccess } from './memory-access.js';
 
 /** Enough for every hot site of a kernel; an entry is a few hundred bytes. */
 const DEFAULT_CAPACITY = 4096;
+
+/** An instruction with what is asked of it at every violation. */
+export interface CachedInstruction extends Instruction {
+  readonly read: MemoryAccess;
+  readonly write: MemoryAccess;
+}
+
+interface Entry {
+  readonly instruction: CachedInstruction;
+  /** The lookup that used it last. */
+  used: number;
+}
 
 /**
  * Decoded instructions by their address, so that a hot reader is decoded once. Whoever changes code in the
  * guest has to `invalidate` the changed bytes.
  */
 export class InstructionCache {
-  /** In the order of last use. */
-  private readonly instructions = new Map<Gva, Instruction>();
+  private readonly instructions = new Map<Gva, Entry>();
+  private lookups = 0;
 
   constructor(private readonly capacity = DEFAULT_CAPACITY) {}
 
@@ -24,27 +37,41 @@ export class InstructionCache {
    * is only called when the instruction is not cached.
    * @throws MemtablesError `GUEST_STRUCTURE_INVALID` where the bytes are no instruction
    */
-  lookup(rip: Gva, read: () => Uint8Array): Instruction {
+  lookup(rip: Gva, read: (rip: Gva) => Uint8Array): CachedInstruction {
+    const used = ++this.lookups;
     const cached = this.instructions.get(rip);
     if (cached !== undefined) {
-      this.instructions.delete(rip);
-      this.instructions.set(rip, cached);
-      return cached;
+      // Nothing is put in order here: a hit is what has to be cheap.
+      cached.used = used;
+      return cached.instruction;
     }
-    const bytes = read();
-    const instruction = decodeInstruction(bytes, rip);
-    if (instruction === undefined) {
+    const bytes = read(rip);
+    const decoded = decodeInstruction(bytes, rip);
+    if (decoded === undefined) {
       throw new MemtablesError('GUEST_STRUCTURE_INVALID', `there is no instruction at ${hex(rip)}`, {
         remedy: 'The code is not what the processor runs, or not readable; check the page tables in use.',
         context: { rip, bytes: Buffer.from(bytes.subarray(0, MAX_INSTRUCTION_LENGTH)).toString('hex') },
       });
     }
-    this.instructions.set(rip, instruction);
-    if (this.instructions.size > this.capacity) {
-      const [oldest] = this.instructions.keys();
-      this.instructions.delete(oldest!);
-    }
+    const instruction = {
+      ...decoded,
+      read: memoryAccess(decoded, 'read'),
+      write: memoryAccess(decoded, 'write'),
+    };
+    if (this.instructions.size >= this.capacity) this.dropOldest();
+    this.instructions.set(rip, { instruction, used });
     return instruction;
+  }
+
+  private dropOldest(): void {
+    let oldest: Gva | undefined;
+    let leastUsed = Number.POSITIVE_INFINITY;
+    for (const [rip, { used }] of this.instructions) {
+      if (used >= leastUsed) continue;
+      oldest = rip;
+      leastUsed = used;
+    }
+    if (oldest !== undefined) this.instructions.delete(oldest);
   }
 
   /** Drops every instruction that has a byte in `[address, address + length)`; returns how many. */
@@ -53,8 +80,8 @@ export class InstructionCache {
     let dropped = 0;
     const reach = BigInt(MAX_INSTRUCTION_LENGTH - 1);
     for (let rip = address - reach; rip < address + BigInt(length); rip++) {
-      const instruction = this.instructions.get(rip);
-      if (instruction === undefined || rip + BigInt(instruction.length) <= address) continue;
+      const entry = this.instructions.get(rip);
+      if (entry === undefined || rip + BigInt(entry.instruction.length) <= address) continue;
       this.instructions.delete(rip);
       dropped++;
     }

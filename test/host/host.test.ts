@@ -72,10 +72,10 @@ describe('a host', () => {
   it('says nothing that docs/host-statistics.md does not explain', async () => {
     const text = readFileSync(new URL('../../docs/host-statistics.md', import.meta.url), 'utf8');
     const all = await until((now) => now.guest !== undefined);
-    const { violations, guest } = all;
+    const { violations, pageFaults, guest } = all;
     const [stream, processor] = [guest!.streams[0]!, guest!.processors[0]!];
 
-    for (const part of [all, violations, guest!, stream, processor]) {
+    for (const part of [all, violations, pageFaults, guest!, stream, processor]) {
       for (const field of Object.keys(part)) expect(text, field).toMatch(new RegExp(`[\`".]${field}[\`"]`));
     }
   });
