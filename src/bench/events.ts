@@ -3,7 +3,6 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { EmbeddedHost } from '../demo/embedded-host.js';
-import { unlessAborted } from '../demo/unless-aborted.js';
 import { readGuestArtefacts } from '../guest/artefacts.js';
 import { loadLibvmi } from '../libvmi/library.js';
 import { BareListener, ListenerThread } from './listeners.js';
@@ -47,7 +46,7 @@ export async function benchEvents(
   try {
     const socket = join(directory, 'kvmi');
     const host = await EmbeddedHost.start(socket, VCPUS, SEED, signal);
-    const listeners = new Listeners(host, options.seconds * 1000, {
+    const listeners = new Listeners(host, options.seconds * 1000, signal, {
       name: GUEST_NAME,
       socket,
       library,
@@ -58,7 +57,7 @@ export async function benchEvents(
     try {
       const rounds: Round[] = [];
       while (rounds.length < options.rounds) {
-        const round = await unlessAborted(signal, listeners.round(signal));
+        const round = await listeners.round();
         rounds.push(round);
         onRound(round, rounds.length);
       }
@@ -79,19 +78,20 @@ class Listeners {
   constructor(
     private readonly host: EmbeddedHost,
     private readonly milliseconds: number,
+    private readonly signal: AbortSignal,
     private readonly options: ConstructorParameters<typeof ListenerThread>[0],
   ) {
     this.#thread = new ListenerThread(options);
   }
 
-  async round(signal: AbortSignal): Promise<Round> {
+  async round(): Promise<Round> {
     const frames = await this.#thread.attachEngine();
     const engine = await this.#measureEngine();
     await this.#thread.detach();
     await this.#thread.attachBinding(frames);
     const binding = await this.#measure();
     await this.#thread.detach();
-    const listener = await BareListener.attach(this.options, frames, signal);
+    const listener = await BareListener.attach(this.options, frames, this.signal);
     const bare = await this.#measure();
     await listener.detach();
     return { bare, binding, engine };
@@ -102,7 +102,7 @@ class Listeners {
   }
 
   async #measureEngine(): Promise<Round['engine']> {
-    await sleep(SETTLE_MS);
+    await this.#wait(SETTLE_MS);
     const from = this.#thread.handlerTime;
     const measured = await this.#watch();
     const to = this.#thread.handlerTime;
@@ -110,13 +110,18 @@ class Listeners {
   }
 
   async #measure(): Promise<Measured> {
-    await sleep(SETTLE_MS);
+    await this.#wait(SETTLE_MS);
     return await this.#watch();
   }
 
   async #watch(): Promise<Measured> {
     const from = await this.host.statistics();
-    await sleep(this.milliseconds);
+    await this.#wait(this.milliseconds);
     return measuredBetween(from, await this.host.statistics());
+  }
+
+  /** Only here a round can be stopped: what waits for a hypervisor waits for long when that does not come any more. */
+  async #wait(milliseconds: number): Promise<void> {
+    await sleep(milliseconds, undefined, { signal: this.signal });
   }
 }

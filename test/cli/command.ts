@@ -23,9 +23,17 @@ export class Command {
   readonly process: ChildProcess;
   #over = false;
 
-  /** @param before what a shell does first, in the same process */
-  constructor(args: readonly string[], env: Readonly<Record<string, string>> = {}, before = ':') {
-    const command = [process.execPath, CLI, ...args];
+  /**
+   * @param before what a shell does first, in the same process
+   * @param program another than `memtables`
+   */
+  constructor(
+    args: readonly string[],
+    env: Readonly<Record<string, string>> = {},
+    before = ':',
+    program = CLI,
+  ) {
+    const command = [process.execPath, program, ...args];
     this.process = spawn('bash', ['-c', `${before}; exec "$@"`, 'bash', ...command], {
       stdio: ['ignore', 'pipe', 'pipe'],
       env: { ...process.env, ...env },
