@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process';
-import { once } from 'node:events';
+import { on, once } from 'node:events';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { Worker } from 'node:worker_threads';
@@ -14,6 +14,8 @@ const BARE_LISTENER = fileURLToPath(new URL('../../build/Release/kvmi-bare-liste
 /** Listens in a thread of its own, with the engine or with the binding alone; one after the other. */
 export class ListenerThread {
   readonly #worker: Worker;
+  /** Kept until they are asked for: the thread may fail while nobody waits for it. */
+  readonly #messages: AsyncIterator<unknown[]>;
   readonly #handlerTime: HandlerTime;
 
   constructor(options: Omit<ListenerOptions, 'handlerTime'>) {
@@ -21,6 +23,7 @@ export class ListenerThread {
     this.#handlerTime = new HandlerTime(handlerTime);
     const workerData: ListenerOptions = { ...options, handlerTime };
     this.#worker = new Worker(new URL('./worker.js', import.meta.url), { workerData, execArgv: [] });
+    this.#messages = on(this.#worker, 'message')[Symbol.asyncIterator]();
   }
 
   /** How long the engine's handler has taken so far. */
@@ -50,9 +53,8 @@ export class ListenerThread {
   }
 
   async #ask(command: ListenerCommand): Promise<ListenerMessage> {
-    const answer = once(this.#worker, 'message') as Promise<[ListenerMessage]>;
     this.#worker.postMessage(command);
-    const [message] = await answer;
+    const [message] = (await this.#messages.next()).value as [ListenerMessage];
     if (message.type === 'failed') throw fromPortable(message.error);
     return message;
   }
