@@ -13,12 +13,12 @@ await new Command('bench:events')
   .addOption(
     new Option('--seconds <n>', 'length of each measurement; a round has three')
       .argParser(seconds)
-      .default(0.5),
+      .default(0.3),
   )
   .addOption(
     new Option('--rounds <n>', 'rounds; the figures are medians over them')
       .argParser(integer(1, 1000))
-      .default(11),
+      .default(15),
   )
   .addOption(library())
   .addOption(json())
