@@ -25,6 +25,7 @@ export const seed = () =>
   );
 export const json = () => new Option('--json', 'print JSON lines instead of text');
 export const library = () =>
-  new Option('--libvmi <path>', "library with libvmi's C ABI (default: the bundled one)").env(
-    'MEMTABLES_LIBVMI',
-  );
+  new Option(
+    '--libvmi <path>',
+    "library with libvmi's C ABI (default: the bundled one, else an installed libvmi)",
+  ).env('MEMTABLES_LIBVMI');

@@ -39,6 +39,9 @@ const CONTROL_CMD_RESPONSE = 27;
 const GET_MAX_GFN = 29;
 const SINGLE_STEP_EVENT = 11;
 const CR0 = 224;
+const CR4 = 248;
+const CR4_PAE = 1n << 5n;
+const CR4_LA57 = 1n << 12n;
 
 const GVA = 0xffff_f800_0000_3010n;
 const GPA = 0x3010n;
@@ -98,6 +101,12 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
 
     test('refuses a guest without paging, and detaches from it', () => {
       peer.ask('setSystemRegister', 0, CR0, 0x11n);
+      expect(codeOf(open)).toBe('GUEST_UNSUPPORTED');
+      peer.ask('disconnected');
+    });
+
+    test('refuses a guest with five-level paging, which libvmi takes for four', () => {
+      peer.ask('setSystemRegister', 0, CR4, CR4_PAE | CR4_LA57);
       expect(codeOf(open)).toBe('GUEST_UNSUPPORTED');
       peer.ask('disconnected');
     });
