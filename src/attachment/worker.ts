@@ -3,7 +3,7 @@ import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from '
 import { MemtablesError } from '../errors.js';
 import { Journal } from '../journal/journal.js';
 import { loadLibvmi } from '../libvmi/library.js';
-import { openSession } from '../libvmi/session.js';
+import { openSession } from '../libvmi/open-session.js';
 import { prepareSocketPath } from '../libvmi/socket-path.js';
 import { Engine } from '../memtables/engine.js';
 import { loadProfile } from '../nt/profile.js';

@@ -4,7 +4,8 @@ import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachm
 import { findKernel } from '../attachment/find-kernel.js';
 import { toPortable } from '../attachment/protocol.js';
 import { Journal } from '../journal/journal.js';
-import { type LibvmiSession, openSession } from '../libvmi/session.js';
+import { openSession } from '../libvmi/open-session.js';
+import type { LibvmiSession } from '../libvmi/session.js';
 import { createHeartbeat } from '../libvmi/watchdog.js';
 import { Engine } from '../memtables/engine.js';
 import { loadProfile } from '../nt/profile.js';

@@ -4,28 +4,13 @@ import type { HiddenMemory, Hypervisor, ViolationHandler } from '../vmi/hypervis
 import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
 import { type Answering, KvmAnswering } from './answering.js';
-import { NativeCalls } from './calls.js';
+import type { NativeCalls } from './calls.js';
 import { cutConnection } from './cut.js';
 import { SessionEvents } from './events.js';
-import { type Argument, type Libvmi, loadLibvmi } from './library.js';
+import type { Argument } from './library.js';
 import { NativeBlock } from './native-block.js';
-import { prepareSocketPath, removeSocket } from './socket-path.js';
-import { Heartbeat } from './watchdog.js';
 import { type GuestControl, XenAnswering } from './xen-answering.js';
 
-export interface SessionOptions {
-  /** The VM's name, as libvmi knows it. */
-  readonly name: string;
-  /** On KVM: the unix socket to listen on; the hypervisor connects to it. Without it the VM runs on Xen. */
-  readonly socket?: string;
-  /** A library with libvmi's C ABI; see `loadLibvmi`. */
-  readonly libraryPath?: string;
-  /** Where a `Watchdog` in another thread sees the native calls; from `createHeartbeat`. */
-  readonly heartbeat?: SharedArrayBuffer;
-}
-
-/** How long libvmi waits for the hypervisor to connect. */
-const CONNECT_MS = 10_000;
 /** What libvmi passes on as a signed 32-bit integer. */
 const MAX_TIMEOUT_MS = 0x7fff_ffff;
 /** The part of CR3 that is an address: neither PCID nor flags. */
@@ -41,100 +26,6 @@ const CR4_LA57 = 1n << 12n;
 const DEFAULT_VIEW = 0;
 
 const REGISTERS = Object.entries(abi.REGISTER_OFFSETS) as readonly [keyof Registers, number][];
-
-/**
- * Attaches to the VM `name`; on KVM it listens on `socket` and waits about 10 seconds for the hypervisor to connect.
- *
- * @throws MemtablesError `INVALID_ARGUMENT` for a name or socket that cannot be, what `loadLibvmi` throws,
- * `ATTACH_FAILED` when nobody connects or the VM is unknown, `GUEST_UNSUPPORTED` for a guest without 4-level paging
- */
-export function openSession(options: SessionOptions): LibvmiSession {
-  if (options.name === '' || options.name.includes('\0')) {
-    throw new MemtablesError('INVALID_ARGUMENT', 'the name of the VM is empty or holds a zero', {
-      remedy: 'Give the name of the VM.',
-      context: { name: options.name },
-    });
-  }
-  if (options.socket !== undefined) prepareSocketPath(options.socket);
-  const hypervisor = options.socket === undefined ? 'xen' : 'kvm';
-  return openSessionOn(loadLibvmi(options.libraryPath, hypervisor), options);
-}
-
-/** As `openSession`, on a library that has been loaded, with a name and a socket that have been checked. */
-export function openSessionOn(library: Libvmi, options: SessionOptions): LibvmiSession {
-  const calls = new NativeCalls(library, new Heartbeat(options.heartbeat));
-  const session = new LibvmiSession(calls, connect(calls, options), options.socket);
-  try {
-    session.start();
-    return session;
-  } catch (error) {
-    session.close();
-    throw error;
-  }
-}
-
-/** Returns the `vmi_instance_t`. */
-function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
-  const instance = new NativeBlock(abi.POINTER_SIZE);
-  const reason = new NativeBlock(Uint32Array.BYTES_PER_ELEMENT);
-  const mode = socket === undefined ? abi.MODE_XEN : abi.MODE_KVM;
-  const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
-  const initData = socket === undefined ? null : initDataOf(socket).bytes;
-  try {
-    const status = calls.waitingCall(
-      CONNECT_MS,
-      'vmi_init',
-      instance.bytes,
-      mode,
-      name,
-      flags,
-      initData,
-      reason.bytes,
-    );
-    if (status === abi.STATUS_SUCCESS) return instance.u64(0);
-  } finally {
-    // A hypervisor that came back would be accepted, but without the restrictions and events it had before.
-    if (socket !== undefined) removeSocket(socket);
-  }
-  throw attachFailure(reason.u32(0), calls.library.path, name, socket);
-}
-
-/** `vmi_init_data_t` that names the socket. */
-function initDataOf(socket: string): NativeBlock {
-  // The path lies in the same block: nothing else would keep it where the entry points to.
-  const path = Buffer.from(`${socket}\0`, 'utf8');
-  const initData = new NativeBlock(abi.INIT_DATA.size + path.length);
-  initData.bytes.set(path, abi.INIT_DATA.size);
-  initData.setU64(abi.INIT_DATA.count, 1n);
-  initData.setU64(abi.INIT_DATA.entryType, BigInt(abi.INIT_DATA_KVMI_SOCKET));
-  initData.setU64(abi.INIT_DATA.entryData, initData.address + BigInt(abi.INIT_DATA.size));
-  return initData;
-}
-
-function attachFailure(
-  code: number,
-  library: string,
-  name: string,
-  socket: string | undefined,
-): MemtablesError {
-  const driver = socket === undefined ? 'Xen' : 'KVM';
-  const remedies: Record<number, string> = {
-    [abi.INIT_ERROR_DRIVER]:
-      socket === undefined
-        ? 'Run it in dom0 as root, with the Xen libraries installed that libvmi loads.'
-        : `Start the hypervisor so that it connects to ${socket}; with libvmi itself, libkvmi and libvirt must be installed.`,
-    [abi.INIT_ERROR_VM_NOT_FOUND]: `Check the name (${socket === undefined ? 'xl list' : 'virsh list'}).`,
-  };
-  const where = socket === undefined ? 'Xen' : socket;
-  return new MemtablesError(
-    'ATTACH_FAILED',
-    `could not attach to ${name} on ${where}: ${abi.INIT_ERRORS[code] ?? `error ${code}`}`,
-    {
-      remedy: remedies[code] ?? `Check that ${library} was built with its ${driver} driver and events.`,
-      context: { name, socket, library, code },
-    },
-  );
-}
 
 /**
  * A guest seen through libvmi. Belongs to one thread, which its calls block; a `Watchdog` in another thread

@@ -91,7 +91,7 @@ const SESSIONS = 20;
 const IN_ONE_THREAD = `
   import { setTimeout as sleep } from 'node:timers/promises';
   import koffi from 'koffi';
-  import { openSession } from '${new URL('../../dist/libvmi/session.js', import.meta.url)}';
+  import { openSession } from '${new URL('../../dist/libvmi/open-session.js', import.meta.url)}';
   const [socket, libraryPath] = process.argv.slice(1);
   koffi.struct('mallinfo2', Object.fromEntries(Array.from({ length: 10 }, (_, i) => ['field' + i, 'size_t'])));
   const mallinfo2 = koffi.load(null).func('mallinfo2 mallinfo2()');

@@ -18,7 +18,7 @@ const READ_PHYSICAL = 17;
 const SET_PAGE_ACCESS = 21;
 
 // A worker cannot load TypeScript.
-const SESSION = new URL('../../dist/libvmi/session.js', import.meta.url);
+const SESSION = new URL('../../dist/libvmi/open-session.js', import.meta.url);
 const isBuilt = existsSync(SESSION);
 if (!isBuilt) {
   // biome-ignore lint/suspicious/noConsole: a skip has to be seen

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import type { MemtablesError } from '../../src/errors.js';
 import { ACCESS_NONE, FUNCTION_NAMES, type FunctionName } from '../../src/libvmi/abi.js';
-import { openSession } from '../../src/libvmi/session.js';
+import { openSession } from '../../src/libvmi/open-session.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
 
 const SUCCESS: Partial<Record<FunctionName, string>> = {

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { MemtablesError } from '../../src/errors.js';
 import { INIT_ERROR_VM_NOT_FOUND } from '../../src/libvmi/abi.js';
-import { openSession } from '../../src/libvmi/session.js';
+import { openSession } from '../../src/libvmi/open-session.js';
 import { LIBRARIES } from './libraries.js';
 
 /** The one name that the stub of libvirt does not know. The bundled library does not look names up. */

@@ -1,6 +1,7 @@
 // How events are answered on Xen, on instructions that the embedded machine executes.
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import { type LibvmiSession, openSessionOn } from '../../src/libvmi/session.js';
+import { openSessionOn } from '../../src/libvmi/open-session.js';
+import type { LibvmiSession } from '../../src/libvmi/session.js';
 import { ACCESS_EXECUTE, type Machine } from '../../src/machine/machine.js';
 import { type Gpa, gfnOf, PAGE_SIZE } from '../../src/vmi/address.js';
 import type { HiddenPiece } from '../../src/vmi/hypervisor.js';

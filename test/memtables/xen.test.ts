@@ -1,6 +1,6 @@
 // The engine on a hypervisor that answers events as Xen does: nothing may get slow, stuck or visible there.
 import { describe, expect, test } from 'vitest';
-import { openSessionOn } from '../../src/libvmi/session.js';
+import { openSessionOn } from '../../src/libvmi/open-session.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 import { XenLibrary } from '../support/xen-library.js';
 import { hookAll, relocations, serve } from './relocated-guest.js';
