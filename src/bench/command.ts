@@ -3,7 +3,10 @@ import { log, type Output } from '../cli/output.js';
 import { stopRequest } from '../cli/stop.js';
 import { MemtablesError } from '../errors.js';
 import { benchEvents } from './events.js';
-import type { Measured, Round, Summary } from './split.js';
+import { disturbance, type Measured, type Round, type Summary } from './split.js';
+
+/** An idle machine stays below. */
+const MOST_DISTURBANCE = 1.5;
 
 export interface EventsCommandOptions {
   readonly seconds: number;
@@ -18,14 +21,21 @@ export async function eventsCommand(options: EventsCommandOptions, output: Outpu
     message: 'ended at once; the guest ends with the benchmark',
   });
   log.info(`measuring ${options.rounds} times three listeners, ${options.seconds} s each`);
+  const rounds: Round[] = [];
   const summary = await benchEvents(
     { seconds: options.seconds, rounds: options.rounds, library: options.libvmi || undefined },
-    (round, number) => output.result({ type: 'round', number, ...round }, describeRound(round, number)),
+    (round, number) => {
+      rounds.push(round);
+      output.result({ type: 'round', number, ...round }, describeRound(round, number));
+    },
     stop,
   ).catch((error: unknown) => {
     throw stop.aborted ? stopped(stop.reason) : error;
   });
   output.result({ type: 'summary', ...summary }, describeSummary(summary));
+  if (disturbance(rounds) > MOST_DISTURBANCE) {
+    log.warn('other programs kept the processors busy: measure again on an idle machine');
+  }
 }
 
 function stopped(cause: unknown): MemtablesError {

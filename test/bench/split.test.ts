@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { measuredBetween, type Round, summarize } from '../../src/bench/split.js';
+import { disturbance, measuredBetween, type Round, summarize } from '../../src/bench/split.js';
 import type { HostStatistics } from '../../src/host/statistics-client.js';
 import { hostStatistics } from '../demo/statistics.js';
 
@@ -47,5 +47,11 @@ describe('the summary', () => {
 
   test('a part that comes out negative is not made to look better', () => {
     expect(summarize([round(20, 18, 3)]).microseconds.ffi).toBe(-5);
+  });
+
+  test('a machine that was busy most of the time is noticed, one busy round is not', () => {
+    const [calm, busy] = [round(10, 18, 3), round(50, 90, 9)];
+    expect(disturbance([calm, busy, calm])).toBe(1);
+    expect(disturbance([busy, calm, busy])).toBe(5);
   });
 });
