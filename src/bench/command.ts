@@ -3,6 +3,7 @@ import { log, type Output } from '../cli/output.js';
 import { stopRequest } from '../cli/stop.js';
 import { MemtablesError } from '../errors.js';
 import { benchEvents } from './events.js';
+import { stayOnOneProcessor } from './one-processor.js';
 import { disturbance, type Measured, type Round, type Summary } from './split.js';
 
 /** An idle machine stays below. */
@@ -21,6 +22,8 @@ export async function eventsCommand(options: EventsCommandOptions, output: Outpu
     message: 'ended at once; the guest ends with the benchmark',
   });
   log.info(`measuring ${options.rounds} times three listeners, ${options.seconds} s each`);
+  // Otherwise the figures jump with where the scheduler puts host and listener; see docs/benchmarks.md.
+  stayOnOneProcessor();
   const rounds: Round[] = [];
   const summary = await benchEvents(
     { seconds: options.seconds, rounds: options.rounds, library: options.libvmi || undefined },
@@ -34,7 +37,7 @@ export async function eventsCommand(options: EventsCommandOptions, output: Outpu
   });
   output.result({ type: 'summary', ...summary }, describeSummary(summary));
   if (disturbance(rounds) > MOST_DISTURBANCE) {
-    log.warn('other programs kept the processors busy: measure again on an idle machine');
+    log.warn('other programs kept the processor busy: measure again on an idle machine');
   }
 }
 

@@ -85,7 +85,7 @@ export function summarize(rounds: readonly Round[]): Summary {
 
 /**
  * How many times as long as in the calmest round the bare listener's turnaround was in the median one. It does the same
- * in each: much more than 1 says that other programs kept the processors busy.
+ * in each: much more than 1 says that other programs kept the processor busy.
  */
 export function disturbance(rounds: readonly Round[]): number {
   const turnarounds = rounds.map(({ bare }) => bare.turnaround);
