@@ -21,6 +21,8 @@ const GUEST_NAME = 'embedded';
 const VCPUS = 1;
 /** The same guest in every run. */
 const SEED = 1;
+/** Three tools come and go in every round. */
+const HOST_LOG = 'warn';
 /** What has just attached is not measured yet. */
 const SETTLE_MS = 300;
 
@@ -45,7 +47,7 @@ export async function benchEvents(
   const directory = mkdtempSync(join(tmpdir(), 'memtables-'));
   try {
     const socket = join(directory, 'kvmi');
-    const host = await EmbeddedHost.start(socket, VCPUS, SEED, signal);
+    const host = await EmbeddedHost.start(socket, VCPUS, SEED, signal, HOST_LOG);
     const listeners = new Listeners(host, options.seconds * 1000, signal, {
       name: GUEST_NAME,
       socket,

@@ -17,7 +17,8 @@ export class EmbeddedHost {
   ) {}
 
   /**
-   * Starts `memtables host` and waits until its guest has booted.
+   * Starts `memtables host` and waits until its guest has booted. It logs as much as this process does, unless
+   * `logLevel` is its own.
    *
    * @throws MemtablesError `MACHINE_FAILED` when it ends, or does not boot in time; the reason of `signal`
    */
@@ -26,12 +27,16 @@ export class EmbeddedHost {
     vcpus: number,
     seed: number,
     signal: AbortSignal,
+    logLevel = process.env.MEMTABLES_LOG,
   ): Promise<EmbeddedHost> {
     const statistics = `${socket}.stats`;
-    const child = new Child([
-      ...['host', '--socket', socket, '--statistics', statistics],
-      ...['--vcpus', String(vcpus), '--seed', String(seed)],
-    ]);
+    const child = new Child(
+      [
+        ...['host', '--socket', socket, '--statistics', statistics],
+        ...['--vcpus', String(vcpus), '--seed', String(seed)],
+      ],
+      logLevel,
+    );
     let client: StatisticsClient | undefined;
     const booted = async () => {
       for (; child.ending === undefined; await sleep(POLL_MS)) {
@@ -84,12 +89,13 @@ class Child {
   private readonly process: ChildProcess;
   private readonly ended: Promise<void>;
 
-  constructor(args: readonly string[]) {
+  constructor(args: readonly string[], logLevel: string | undefined) {
     this.process = spawn(process.execPath, [CLI, ...args], {
       // It ends when the channel closes: when this process is gone.
       stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
       // Ctrl-C in a terminal is for this process: the guest is needed until it has been unloaded from.
       detached: true,
+      env: { ...process.env, MEMTABLES_LOG: logLevel },
     });
     this.ended = new Promise((resolve) => {
       const end = (ending: string) => {
