@@ -22,7 +22,7 @@ const VCPUS = 1;
 /** The same guest in every run. */
 const SEED = 1;
 /** Three tools come and go in every round. */
-const HOST_LOG = 'warn';
+const HOST_LOG = process.env.MEMTABLES_LOG ?? 'warn';
 /** What has just attached is not measured yet. */
 const SETTLE_MS = 300;
 

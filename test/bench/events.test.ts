@@ -11,7 +11,9 @@ if (!existsSync(BENCH)) throw new Error('the benchmark is not built: run `npm ru
 /** The benchmark, with a place for temporary files that is its own. */
 function bench(...args: readonly string[]) {
   const directory = temporaryDirectory();
-  const command = new Command(args, { TMPDIR: directory }, undefined, BENCH);
+  // With the log of the host, which says what is under way.
+  const environment = { TMPDIR: directory, MEMTABLES_LOG: 'info' };
+  const command = new Command(args, environment, undefined, BENCH);
   onTestFinished(() => {
     command.kill('SIGKILL');
     rmSync(directory, { recursive: true });

@@ -279,7 +279,7 @@ describe('the library', () => {
   test('without a driver for Xen does not attach there', async () => {
     const args = ['attach', '-n', 'x', '--xen', '-j', PROFILE, ...HOOK, '--libvmi', BUNDLED];
     const { code, stderr } = await run(args);
-    expect(stderr).toContain('memtables: could not attach to x on Xen: no hypervisor driver fits');
+    expect(stderr).toContain('memtables: could not attach to x on Xen: ');
     expect(stderr).toContain('was built with its Xen driver and events');
     expect(code).toBe(3);
   });
