@@ -12,6 +12,7 @@ if (libvmi) {
 export default defineConfig({
   test: {
     include: ['test/**/*.test.ts'],
+    globalSetup: ['test/support/announce-skips.ts'],
     // A whole guest boots in some tests; none asserts on time.
     testTimeout: 120_000,
     hookTimeout: 120_000,

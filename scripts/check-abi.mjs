@@ -4,6 +4,11 @@ import { spawnSync } from 'node:child_process';
 import { parseArgs } from 'node:util';
 import { checkAbi, hasHeaders } from '../dist/libvmi/abi-check.js';
 
+const USAGE = `usage: npm run check:abi -- [--include DIR]
+  --include DIR  the folder that holds libvmi/libvmi.h; else where pkg-config and the compiler find it`;
+
+class UsageError extends Error {}
+
 function say(message) {
   process.stderr.write(`check:abi: ${message}\n`);
 }
@@ -15,10 +20,15 @@ function installedFlags() {
 }
 
 function main() {
-  const { include } = parseArgs({ options: { include: { type: 'string' } } }).values;
+  const options = { include: { type: 'string' }, help: { type: 'boolean' } };
+  const { include, help } = parseArgs({ options }).values;
+  if (help) {
+    process.stdout.write(`${USAGE}\n`);
+    return;
+  }
   const flags = include === undefined ? installedFlags() : ['-I', include];
   if (!hasHeaders(flags)) {
-    if (include !== undefined) throw new Error(`there is no libvmi/libvmi.h in ${include}`);
+    if (include !== undefined) throw new UsageError(`there is no libvmi/libvmi.h in ${include}`);
     say(
       "SKIPPED: libvmi's headers are not installed (--include DIR names the folder that holds libvmi/libvmi.h)",
     );
@@ -35,6 +45,7 @@ function main() {
 try {
   main();
 } catch (error) {
-  say(`error: ${error.message}`);
-  process.exitCode = 1;
+  const isUsage = error instanceof UsageError || error.code?.startsWith('ERR_PARSE_ARGS');
+  say(`error: ${error.message}${isUsage ? `\n${USAGE}` : ''}`);
+  process.exitCode = isUsage ? 2 : 1;
 }

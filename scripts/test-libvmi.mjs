@@ -13,7 +13,7 @@ const SUITE = 'test/conformance';
 // As test/libvmi/libraries.ts calls them.
 const BUNDLED = 'the bundled library';
 const LIBVMI = 'libvmi itself';
-const NEITHER = 'no library';
+const NEITHER = 'other tests';
 
 const USAGE = `usage: npm run test:libvmi -- [--libvmi PATH] [--cycles N] [--examples DIR]
   --libvmi PATH   libvmi.so to compare with, libkvmi.so beside it or in LD_LIBRARY_PATH; else MEMTABLES_TEST_LIBVMI
@@ -21,6 +21,9 @@ const USAGE = `usage: npm run test:libvmi -- [--libvmi PATH] [--cycles N] [--exa
   --examples DIR  libvmi's own example programs, built`;
 
 class UsageError extends Error {}
+
+/** A library that can attach waits this long for a hypervisor, and longer. */
+const ATTACHES_MS = 2000;
 
 function say(message) {
   process.stderr.write(`test:libvmi: ${message}\n`);
@@ -33,8 +36,10 @@ function variables() {
       libvmi: { type: 'string' },
       cycles: { type: 'string', default: '100' },
       examples: { type: 'string' },
+      help: { type: 'boolean' },
     },
   });
+  if (values.help) return undefined;
   if (!/^[1-9]\d*$/.test(values.cycles)) throw new UsageError(`${values.cycles} is not a number of cycles`);
   // npm changes to the project's folder; a path is relative to where it was called.
   const existing = (path) => {
@@ -42,12 +47,40 @@ function variables() {
     if (!existsSync(absolute)) throw new UsageError(`there is no ${absolute}`);
     return absolute;
   };
+  if (values.libvmi === '') throw new UsageError('--libvmi names no file');
   const libvmi = values.libvmi ?? process.env.MEMTABLES_TEST_LIBVMI;
+  if (values.examples && !libvmi) throw new UsageError("libvmi's examples need --libvmi, too");
   return {
     MEMTABLES_TEST_CYCLES: values.cycles,
     ...(libvmi ? { MEMTABLES_TEST_LIBVMI: existing(libvmi) } : {}),
     ...(values.examples ? { MEMTABLES_TEST_EXAMPLES: existing(values.examples) } : {}),
   };
+}
+
+/** Says why a library cannot run the suite, which would fail test by test. */
+async function whyUnusable(libvmi) {
+  const { loadLibvmi } = await import('../dist/libvmi/library.js');
+  try {
+    loadLibvmi(libvmi);
+  } catch (error) {
+    return error.message;
+  }
+  const directory = mkdtempSync(join(tmpdir(), 'memtables-conformance-'));
+  try {
+    const folders = [join(root, 'build/Release/libvirt-stub'), dirname(libvmi), process.env.LD_LIBRARY_PATH];
+    const { stdout } = spawnSync(join(root, 'build/Release/kvmi-abi-check'), [libvmi], {
+      // By name, with events, on KVM.
+      input: `init ${join(directory, 'kvmi')} 5 1\n`,
+      env: { ...process.env, LD_LIBRARY_PATH: folders.filter(Boolean).join(':'), LIBVMI_DEBUG: '1' },
+      stdio: ['pipe', 'pipe', 'inherit'],
+      timeout: ATTACHES_MS,
+      encoding: 'utf8',
+    });
+    if (!stdout.includes('= init')) return undefined;
+    return `${libvmi} cannot attach (its own messages are above): put libkvmi.so beside it or into LD_LIBRARY_PATH`;
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
 }
 
 /** Every test with the library that it ran on; the names are the same for each of them. */
@@ -121,20 +154,27 @@ function ranTheSame(tests) {
   return only.length === 0;
 }
 
-function main() {
+async function main() {
   const env = variables();
+  if (env === undefined) {
+    process.stdout.write(`${USAGE}\n`);
+    return 0;
+  }
   const setup = spawnSync(process.execPath, ['scripts/setup.mjs'], { stdio: 'inherit' });
   if (setup.status !== 0) return 1;
+  const libvmi = env.MEMTABLES_TEST_LIBVMI;
+  const unusable = libvmi === undefined ? undefined : await whyUnusable(libvmi);
+  if (unusable !== undefined) throw new UsageError(unusable);
   const { tests, succeeded } = runSuite(env);
   report(tests);
-  const compared = env.MEMTABLES_TEST_LIBVMI !== undefined;
+  const compared = libvmi !== undefined;
   const same = !compared || ranTheSame(tests);
   if (!compared) say(`SKIPPED: "${LIBVMI}" needs --libvmi PATH or MEMTABLES_TEST_LIBVMI`);
   return succeeded && same ? 0 : 1;
 }
 
 try {
-  process.exitCode = main();
+  process.exitCode = await main();
 } catch (error) {
   const isUsage = error instanceof UsageError || error.code?.startsWith('ERR_PARSE_ARGS');
   if (!isUsage) throw error;

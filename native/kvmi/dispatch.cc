@@ -131,6 +131,9 @@ void letGo(vmi_instance &vmi, const Event &event) {
   }
 }
 
+/** Commands of callbacks may bring in events without end; whoever listens has other things to do, too. */
+constexpr size_t kMostFurtherEvents = 256;
+
 void dispatch(vmi_instance &vmi, const Event &event) {
   // What vmi_resume_vm answers, be it asked for or not.
   if (event.id() == wire::EventId::kPauseVcpu)
@@ -148,7 +151,11 @@ void dispatch(vmi_instance &vmi, const Event &event) {
 }  // namespace
 
 void dispatchQueued(vmi_instance_t vmi) {
-  while (const auto event = vmi->connection->nextEvent()) dispatch(*vmi, *event);
+  for (size_t left = vmi->connection->queuedEvents() + kMostFurtherEvents; left > 0; left--) {
+    const auto event = vmi->connection->nextEvent();
+    if (!event) return;
+    dispatch(*vmi, *event);
+  }
 }
 
 void letGoOutstanding(vmi_instance_t vmi) {

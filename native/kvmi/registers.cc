@@ -131,7 +131,7 @@ x86_registers_t fromWire(const wire::Registers &general, const wire::SpecialRegi
 using namespace kvmi;
 
 status_t vmi_get_vcpuregs(vmi_instance_t vmi, registers_t *regs, unsigned long vcpu) {
-  if (vmi == nullptr || regs == nullptr) return VMI_FAILURE;
+  if (vmi == nullptr || regs == nullptr || vcpu > UINT16_MAX) return VMI_FAILURE;
   // Which vCPUs there are is left to the hypervisor, as libvmi leaves it.
   wire::VcpuHeader header{};
   header.vcpu = static_cast<uint16_t>(vcpu);
@@ -158,7 +158,7 @@ status_t vmi_get_vcpuregs(vmi_instance_t vmi, registers_t *regs, unsigned long v
 }
 
 status_t vmi_set_vcpuregs(vmi_instance_t vmi, registers_t *regs, unsigned long vcpu) {
-  if (vmi == nullptr || regs == nullptr) return VMI_FAILURE;
+  if (vmi == nullptr || regs == nullptr || vcpu > UINT16_MAX) return VMI_FAILURE;
   wire::VcpuHeader header{};
   header.vcpu = static_cast<uint16_t>(vcpu);
   return vmi->connection->request(wire::MessageId::kSetRegisters, {header, toWire(regs->x86)}) ? VMI_SUCCESS

@@ -30,7 +30,10 @@ class TranslationCache {
 
   void drop(addr_t root, addr_t va) {
     const auto table = byRoot_.find(root);
-    if (table != byRoot_.end()) size_ -= table->second.erase(va >> kPageShift);
+    if (table == byRoot_.end()) return;
+    size_ -= table->second.erase(va >> kPageShift);
+    // Of what is empty nothing is counted, and the guest has roots without end.
+    if (table->second.empty()) byRoot_.erase(table);
   }
 
   void drop(addr_t root) {

@@ -123,13 +123,18 @@ export class Attachment extends EventEmitter<Events> {
     const pending = new Map<number, Pending>();
     const cut = () => {
       if (options.socket !== undefined) cutConnection(options.socket);
+      // Xen has no connection to cut: should the call return after all, what is in the guest is taken out.
+      else worker.postMessage({ id: 0, command: { type: 'unload' } } satisfies Request);
     };
     let state: 'starting' | 'connecting' | 'connected' | 'attached' = 'starting';
 
     return await new Promise<Attachment>((attached, failed) => {
       let settle: (error?: Error) => void = () => {};
       const ended = new Promise<void>((done, broken) => {
+        let settled = false;
         settle = (error) => {
+          if (settled) return;
+          settled = true;
           watchdog.stop();
           options.signal?.removeEventListener('abort', giveUp);
           // Nothing is changed before it has attached.

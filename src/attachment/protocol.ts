@@ -21,6 +21,8 @@ export interface AttachedKernel {
   readonly size: number;
   readonly pdb: string;
   readonly vcpus: number;
+  /** The path of the library that it is attached through. */
+  readonly library: string;
 }
 
 /** What the main thread asks of the worker. */

@@ -1,5 +1,11 @@
-import { type ErrorContext, MemtablesError } from '../errors.js';
+import { type ErrorCode, type ErrorContext, MemtablesError } from '../errors.js';
 import { changesLeft } from '../journal/journal.js';
+
+const HYPERVISOR_LOST: ReadonlySet<ErrorCode> = new Set([
+  'HYPERVISOR_FAILED',
+  'HYPERVISOR_GONE',
+  'HYPERVISOR_STUCK',
+]);
 
 /**
  * The error that ended an attachment, with what is still in the guest by the journal at `path`: how many changes in the
@@ -7,18 +13,21 @@ import { changesLeft } from '../journal/journal.js';
  */
 export function withJournal(error: Error, path: string): Error {
   if (!(error instanceof MemtablesError)) return error;
-  const { code, message, context, cause } = error;
+  const { code, message, remedy, context, cause } = error;
   const tell = (what: string, more: ErrorContext) =>
     new MemtablesError(code, `${message}; ${what}`, {
-      remedy: 'Restart the guest, or put the bytes back that the journal lists; then attach again.',
+      // Of a hypervisor that still answers, the error knows better what to do.
+      remedy: HYPERVISOR_LOST.has(code)
+        ? 'Restart the guest, or put the bytes back that the journal lists; then attach again.'
+        : remedy,
       context: { ...context, journal: path, ...more },
       cause,
     });
   try {
     const left = changesLeft(path);
     if (left.length === 0) return error;
-    const count = left.length === 1 ? '1 change is' : `${left.length} changes are`;
-    return tell(`${count} still in the guest; ${path} lists them`, {
+    const [count, them] = left.length === 1 ? ['1 change is', 'it'] : [`${left.length} changes are`, 'them'];
+    return tell(`${count} still in the guest; ${path} lists ${them}`, {
       inGuest: left.map(({ gpa, before, owner }) => ({
         gpa,
         length: before.length,

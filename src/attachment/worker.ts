@@ -3,7 +3,7 @@ import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from '
 import { MemtablesError } from '../errors.js';
 import { Journal } from '../journal/journal.js';
 import { loadLibvmi } from '../libvmi/library.js';
-import { openSession } from '../libvmi/open-session.js';
+import { openSessionOn } from '../libvmi/open-session.js';
 import { prepareSocketPath } from '../libvmi/socket-path.js';
 import { Engine } from '../memtables/engine.js';
 import { loadProfile } from '../nt/profile.js';
@@ -23,22 +23,24 @@ import { undoFailed } from './undo-failed.js';
 /** A guest can make work without end; what is left is done between two listens. */
 const MOST_STEPS = 10_000;
 
+/** One that is silent is not noticed by listening. Asking once in so long costs nothing. */
+const ASK_MS = 2000;
+
 /** How long a listen waits where nothing happens; commands are taken between two listens. */
 const LISTEN_MS = 20;
 
 async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
   const post = (message: WorkerMessage) => port.postMessage(message);
   const profile = loadProfile(options.profile);
-  // Before anything waits; the session loads it again, which costs nothing.
-  loadLibvmi(options.library, options.socket === undefined ? 'xen' : 'kvm');
+  // Before anything waits.
+  const library = loadLibvmi(options.library, options.socket === undefined ? 'xen' : 'kvm');
   if (options.socket !== undefined) prepareSocketPath(options.socket);
   Journal.check(options.journal, options.name);
   post({ type: 'connecting' });
-  const session = openSession({
+  const session = openSessionOn(library, {
     name: options.name,
     heartbeat: options.heartbeat,
     ...(options.socket === undefined ? {} : { socket: options.socket }),
-    ...(options.library === undefined ? {} : { libraryPath: options.library }),
   });
   post({ type: 'connected' });
   await closing(session, async () => {
@@ -62,6 +64,7 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
           size: kernel.image.sizeOfImage,
           pdb: profile.pdb.name,
           vcpus: session.vcpuCount,
+          library: library.path,
         },
       });
       serve(port, session, engine);
@@ -93,9 +96,14 @@ function holds(session: Hypervisor, gpa: Gpa, bytes: Uint8Array): boolean {
 /** Runs until the engine has unloaded, whether it was asked to or something failed. */
 function serve(port: MessagePort, session: Hypervisor, engine: Engine): void {
   try {
+    let asked = performance.now();
     for (let unloaded = false; !unloaded; ) {
       session.listen(LISTEN_MS);
       engine.work();
+      if (performance.now() - asked > ASK_MS) {
+        session.registers(0);
+        asked = performance.now();
+      }
       unloaded = takeCommands(port, session, engine);
     }
   } catch (error) {

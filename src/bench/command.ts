@@ -2,6 +2,7 @@ import { EXIT } from '../cli/exit-codes.js';
 import { log, type Output } from '../cli/output.js';
 import { stopRequest } from '../cli/stop.js';
 import { MemtablesError } from '../errors.js';
+import { loadLibvmi } from '../libvmi/library.js';
 import { benchEvents } from './events.js';
 import { stayOnOneProcessor } from './one-processor.js';
 import { disturbance, type Measured, type Round, type Summary } from './split.js';
@@ -21,12 +22,15 @@ export async function eventsCommand(options: EventsCommandOptions, output: Outpu
     code: EXIT.internal,
     message: 'ended at once; the guest ends with the benchmark',
   });
-  log.info(`measuring ${options.rounds} times three listeners, ${options.seconds} s each`);
+  const library = loadLibvmi(options.libvmi).path;
+  log.info(
+    `measuring ${options.rounds} times three listeners, ${options.seconds} s each, through ${library}`,
+  );
   // Otherwise the figures jump with where the scheduler puts host and listener; see docs/benchmarks.md.
   stayOnOneProcessor();
   const rounds: Round[] = [];
   const summary = await benchEvents(
-    { seconds: options.seconds, rounds: options.rounds, library: options.libvmi || undefined },
+    { seconds: options.seconds, rounds: options.rounds, library },
     (round, number) => {
       rounds.push(round);
       output.result({ type: 'round', number, ...round }, describeRound(round, number));
@@ -57,11 +61,11 @@ function describeRound(round: Round, number: number): string {
       host.toFixed(1),
       tableLoads.toFixed(2),
     ]
-      .map((cell, index) => cell.padStart([9, 16, 10, 13][index]!))
+      .map((cell, index) => cell.padStart([9, 16, 10, 22][index]!))
       .join('') +
     more;
   return [
-    `round ${number}  reads/s   turnaround µs   host µs  table loads`,
+    `round ${number}  reads/s   turnaround µs   host µs  share of table loads`,
     row('bare', round.bare),
     row('binding', round.binding),
     row('engine', round.engine, `   (in its handler ${round.engine.handler.toFixed(2)} µs)`),

@@ -4,7 +4,6 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { EmbeddedHost } from '../demo/embedded-host.js';
 import { readGuestArtefacts } from '../guest/artefacts.js';
-import { loadLibvmi } from '../libvmi/library.js';
 import { BareListener, ListenerThread } from './listeners.js';
 import { type Measured, measuredBetween, type Round, type Summary, summarize } from './split.js';
 
@@ -12,8 +11,8 @@ export interface EventBenchOptions {
   /** Length of each measurement; each round has three. */
   readonly seconds: number;
   readonly rounds: number;
-  /** A library with libvmi's C ABI; the bundled one without it. */
-  readonly library: string | undefined;
+  /** A library with libvmi's C ABI. */
+  readonly library: string;
 }
 
 const GUEST_NAME = 'embedded';
@@ -43,7 +42,6 @@ export async function benchEvents(
   signal: AbortSignal,
 ): Promise<Summary> {
   const artefacts = readGuestArtefacts();
-  const library = loadLibvmi(options.library).path;
   const directory = mkdtempSync(join(tmpdir(), 'memtables-'));
   try {
     const socket = join(directory, 'kvmi');
@@ -51,7 +49,7 @@ export async function benchEvents(
     const listeners = new Listeners(host, options.seconds * 1000, signal, {
       name: GUEST_NAME,
       socket,
-      library,
+      library: options.library,
       profile: artefacts.profilePath,
       journal: `${socket}.journal`,
       hooks: artefacts.sites.defaultHooks.map((name) => `nt!${name}`),

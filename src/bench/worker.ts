@@ -36,7 +36,8 @@ async function withEngine(session: LibvmiSession): Promise<void> {
   const profile = loadProfile(options.profile);
   const frames = observe(session, new HandlerTime(options.handlerTime));
   const kernel = await findKernel(session, profile);
-  const identity = { guest: options.name, kernelBase: kernel.base, pdb: profile.pdb.guid };
+  const { name, guid, age } = profile.pdb;
+  const identity = { guest: options.name, kernelBase: kernel.base, pdb: `${name}/${guid}/${age}` };
   const journal = Journal.create(options.journal, identity, () => true);
   const engine = new Engine(session, kernel, journal, {
     threshold: DEFAULT_THRESHOLD,
@@ -63,7 +64,7 @@ function observe(session: LibvmiSession, time: HandlerTime): ReadonlySet<Gfn> {
   const frames = new Set<Gfn>();
   const onViolation = session.onViolation.bind(session);
   const trapAccess = session.trapAccess.bind(session);
-  session.onViolation = (handler) => onViolation(handler && time.around(handler));
+  session.onViolation = (handler, hidden) => onViolation(handler && time.around(handler), hidden);
   session.trapAccess = (gfn) => {
     trapAccess(gfn);
     frames.add(gfn);

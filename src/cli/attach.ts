@@ -37,8 +37,10 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       remedy: 'Name at least one function of the kernel: --hook nt!Name.',
     });
   }
-  if ((options.socket === undefined) !== (options.xen ?? false)) {
-    throw new MemtablesError('INVALID_ARGUMENT', 'where the VM runs was not said, or twice', {
+  const isOnXen = options.xen ?? false;
+  if ((options.socket === undefined) !== isOnXen) {
+    const what = isOnXen ? '-s and --xen exclude each other' : 'where the VM runs was not said';
+    throw new MemtablesError('INVALID_ARGUMENT', what, {
       remedy: 'For a VM on KVM name the socket (-s), for one on Xen write --xen.',
     });
   }
@@ -52,7 +54,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
   const { kernel } = attachment;
   output.result(
     { type: 'attached', ...kernel },
-    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${plural(kernel.vcpus, 'vCPU')}`,
+    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${plural(kernel.vcpus, 'vCPU')}, through ${kernel.library}`,
   );
   const describe = describeEvents();
   attachment.on('event', (event) => output.result(event, describe(event)));
@@ -104,8 +106,7 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
       signal: stop,
       ...(options.socket === undefined ? {} : { socket: options.socket }),
       ...(options.journal === undefined ? {} : { journal: options.journal }),
-      // The environment's may be empty.
-      ...(options.libvmi ? { library: options.libvmi } : {}),
+      ...(options.libvmi === undefined ? {} : { library: options.libvmi }),
     });
   } catch (error) {
     if (!stop.aborted || error !== stop.reason) throw error;

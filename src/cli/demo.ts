@@ -37,7 +37,7 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
       seconds: options.seconds,
       seed,
       hooks: options.hook,
-      library: options.libvmi || undefined,
+      library: options.libvmi,
     },
     {
       // Dozens of table loads: for a person the summary counts them.

@@ -125,7 +125,7 @@ program
   .addOption(
     new Option(
       '--stuck-after <seconds>',
-      'how long a call of the hypervisor may take; more for one that is slow, such as a nested one',
+      'how long a call of the hypervisor may take (the bundled library gives up after 10 by itself)',
     )
       .argParser(seconds)
       .default(DEFAULT_STUCK_AFTER_SECONDS),

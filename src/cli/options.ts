@@ -19,6 +19,12 @@ export function seconds(text: string): number {
   return value;
 }
 
+/** An unset variable of a shell must not choose another library than the user thinks. */
+function notEmpty(text: string): string {
+  if (text === '') throw new InvalidArgumentError('Expected a path.');
+  return text;
+}
+
 export const seed = () =>
   new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
     integer(0, 0xffffffff),
@@ -27,5 +33,5 @@ export const json = () => new Option('--json', 'print JSON lines instead of text
 export const library = () =>
   new Option(
     '--libvmi <path>',
-    "library with libvmi's C ABI (default: the bundled one, else an installed libvmi)",
-  ).env('MEMTABLES_LIBVMI');
+    "library with libvmi's C ABI (default: MEMTABLES_LIBVMI, else the bundled one, else an installed one)",
+  ).argParser(notEmpty);

@@ -13,7 +13,11 @@ export interface Response {
  * `ask` calls whoever handles violations, and may throw what that throws; the event is then answered with `completed`.
  */
 export interface Answering {
+  /** A guest with more could not be answered. */
+  readonly mostVcpus: number;
   hidden: HiddenMemory | undefined;
+  /** False: no answer is begun that would make this busy. */
+  accepting: boolean;
   /** True from an answer that is carried out in several events until the last of them: the guest must not be paused. */
   readonly busy: boolean;
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response;
@@ -36,7 +40,9 @@ export interface TrappedAccess extends Violation {
  * read that crosses pages, or a second one, is an event of its own.
  */
 export class KvmAnswering implements Answering {
+  readonly mostVcpus = Number.POSITIVE_INFINITY;
   hidden: HiddenMemory | undefined;
+  accepting = true;
   readonly busy = false;
 
   answer(_violation: TrappedAccess, ask: () => ViolationAnswer): Response {

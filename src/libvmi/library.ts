@@ -59,7 +59,7 @@ export function loadLibvmi(path: string | undefined, hypervisor: 'kvm' | 'xen' =
 function whereToGetOne(hypervisor: 'kvm' | 'xen'): string {
   const setUp =
     hypervisor === 'kvm' ? 'Run `npm run setup`, which builds the bundled one, or install' : 'Install';
-  return `${setUp} ${needed(hypervisor)}, where the dynamic linker finds it, or name it with ${LIBRARY_VARIABLE}.`;
+  return `${setUp} ${needed(hypervisor)}, where the dynamic linker finds it, or name it with --libvmi or ${LIBRARY_VARIABLE}.`;
 }
 
 function whatToCheck(path: string, loaded: boolean, hypervisor: 'kvm' | 'xen'): string {

@@ -20,6 +20,8 @@ export interface SessionOptions {
 
 /** How long libvmi waits for the hypervisor to connect. */
 const CONNECT_MS = 10_000;
+/** What fails before has not waited for that. */
+const FAILED_EARLY_MS = 9_000;
 
 /**
  * Attaches to the VM `name`; on KVM it listens on `socket` and waits about 10 seconds for the hypervisor to connect.
@@ -28,26 +30,30 @@ const CONNECT_MS = 10_000;
  * `ATTACH_FAILED` when nobody connects or the VM is unknown, `GUEST_UNSUPPORTED` for a guest without 4-level paging
  */
 export function openSession(options: SessionOptions): LibvmiSession {
+  if (options.socket !== undefined) prepareSocketPath(options.socket);
+  const hypervisor = options.socket === undefined ? 'xen' : 'kvm';
+  return openSessionOn(loadLibvmi(options.libraryPath, hypervisor), options);
+}
+
+/** As `openSession`, on a library that has been loaded and a socket path that has been prepared. */
+export function openSessionOn(library: Libvmi, options: SessionOptions): LibvmiSession {
   if (options.name === '' || options.name.includes('\0')) {
     throw new MemtablesError('INVALID_ARGUMENT', 'the name of the VM is empty or holds a zero', {
       remedy: 'Give the name of the VM.',
       context: { name: options.name },
     });
   }
-  if (options.socket !== undefined) prepareSocketPath(options.socket);
-  const hypervisor = options.socket === undefined ? 'xen' : 'kvm';
-  return openSessionOn(loadLibvmi(options.libraryPath, hypervisor), options);
-}
-
-/** As `openSession`, on a library that has been loaded, with a name and a socket that have been checked. */
-export function openSessionOn(library: Libvmi, options: SessionOptions): LibvmiSession {
   const calls = new NativeCalls(library, new Heartbeat(options.heartbeat));
   const session = new LibvmiSession(calls, connect(calls, options), options.socket);
   try {
     session.start();
     return session;
   } catch (error) {
-    session.close();
+    try {
+      session.close();
+    } catch {
+      // Of two errors the first one counts.
+    }
     throw error;
   }
 }
@@ -59,6 +65,7 @@ function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
   const mode = socket === undefined ? abi.MODE_XEN : abi.MODE_KVM;
   const flags = abi.INIT_BY_NAME | abi.INIT_WITH_EVENTS;
   const initData = socket === undefined ? null : initDataOf(socket).bytes;
+  const started = performance.now();
   try {
     const status = calls.waitingCall(
       CONNECT_MS,
@@ -75,7 +82,8 @@ function connect(calls: NativeCalls, { name, socket }: SessionOptions): bigint {
     // A hypervisor that came back would be accepted, but without the restrictions and events it had before.
     if (socket !== undefined) removeSocket(socket);
   }
-  throw attachFailure(reason.u32(0), calls.library.path, name, socket);
+  const waited = performance.now() - started > FAILED_EARLY_MS;
+  throw attachFailure(reason.u32(0), calls.library.path, name, socket, waited);
 }
 
 /** `vmi_init_data_t` that names the socket. */
@@ -95,22 +103,32 @@ function attachFailure(
   library: string,
   name: string,
   socket: string | undefined,
+  waited: boolean,
 ): MemtablesError {
-  const driver = socket === undefined ? 'Xen' : 'KVM';
-  const remedies: Record<number, string> = {
-    [abi.INIT_ERROR_DRIVER]:
-      socket === undefined
-        ? 'Run it in dom0 as root, with the Xen libraries installed that libvmi loads.'
-        : `Start the hypervisor so that it connects to ${socket}; with libvmi itself, libkvmi and libvirt must be installed.`,
-    [abi.INIT_ERROR_VM_NOT_FOUND]: `Check the name (${socket === undefined ? 'xl list' : 'virsh list'}).`,
-  };
-  const where = socket === undefined ? 'Xen' : socket;
-  return new MemtablesError(
-    'ATTACH_FAILED',
-    `could not attach to ${name} on ${where}: ${abi.INIT_ERRORS[code] ?? `error ${code}`}`,
-    {
-      remedy: remedies[code] ?? `Check that ${library} was built with its ${driver} driver and events.`,
-      context: { name, socket, library, code },
-    },
+  const what = `${abi.INIT_ERRORS[code] ?? `error ${code}`}`;
+  const [where, remedy] =
+    socket === undefined ? ['Xen', xenRemedy(code)] : [socket, kvmRemedy(code, library, socket, waited)];
+  return new MemtablesError('ATTACH_FAILED', `could not attach to ${name} on ${where}: ${what}`, {
+    remedy,
+    context: { name, ...(socket !== undefined && { socket }), library, code },
+  });
+}
+
+function kvmRemedy(code: number, library: string, socket: string, waited: boolean): string {
+  if (code === abi.INIT_ERROR_VM_NOT_FOUND) return 'Check the name (virsh list).';
+  if (code !== abi.INIT_ERROR_DRIVER)
+    return `Check that ${library} was built with its KVM driver and events.`;
+  if (waited) return `Start the hypervisor so that it connects to ${socket} within ten seconds.`;
+  return (
+    'See what the library has printed. libvmi itself loads libkvmi and libvirt when it attaches (LD_LIBRARY_PATH); ' +
+    'with LIBVMI_DEBUG=1 it says what is missing.'
+  );
+}
+
+function xenRemedy(code: number): string {
+  if (code === abi.INIT_ERROR_VM_NOT_FOUND) return 'Check the name (xl list).';
+  return (
+    'Run it in dom0 as root, on a libvmi that was built with its Xen driver and events (the bundled library is for ' +
+    'KVM only), with the Xen libraries installed that it loads.'
   );
 }

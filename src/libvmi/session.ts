@@ -69,6 +69,8 @@ export class LibvmiSession implements Hypervisor {
     // libvmi takes five levels for four.
     const { cr4 } = this.registers(0);
     if ((cr4 & CR4_LA57) !== 0n) throw unsupportedPaging({ pageMode: mode, cr4 });
+    if (this.vcpuCount > this.#answering.mostVcpus)
+      throw tooManyVcpus(this.vcpuCount, this.#answering.mostVcpus);
     for (const address of this.#events.addresses) this.#check('vmi_register_event', address);
   }
 
@@ -196,7 +198,12 @@ export class LibvmiSession implements Hypervisor {
           },
         );
       }
-      this.#listen(STEP_LISTEN_MS);
+      this.#answering.accepting = false;
+      try {
+        this.#listen(STEP_LISTEN_MS);
+      } finally {
+        this.#answering.accepting = true;
+      }
     }
   }
 
@@ -223,13 +230,15 @@ export class LibvmiSession implements Hypervisor {
   }
 
   /**
-   * Gives every frame its permissions back (libvmi itself would leave them), answers what is outstanding, lets
+   * Gives every frame its permissions back (libvmi itself leaves them on KVM), answers what is outstanding, lets
    * the guest run and detaches. Does nothing the second time; a hypervisor that has gone is no error.
    */
   close(): void {
     if (this.#closed) return;
     if (this.#events.inHandler) throw refusedInHandler('close');
     const failure = this.#giveBack();
+    // Xen does not notice that the tool is gone.
+    if (this.#socket === undefined && this.#pauses > 0) this.#call('vmi_resume_vm');
     this.#closed = true;
     this.#call('vmi_destroy');
     this.#events.dispose();
@@ -242,6 +251,9 @@ export class LibvmiSession implements Hypervisor {
     const steps = [
       () => this.#finishStep(),
       () => this.#answering.end(),
+      () => {
+        this.#answering.accepting = false;
+      },
       ...[...this.#trapped].map((gfn) => () => this.releaseAccess(gfn)),
       () => this.#drain(),
       () => {
@@ -310,7 +322,10 @@ export class LibvmiSession implements Hypervisor {
     this.#assertStillThere();
     this.#leave();
     throw new MemtablesError('HYPERVISOR_STUCK', 'a vCPU did not stop, so the guest could not be resumed', {
-      remedy: 'The guest was let go; if a journal was left behind, it lists what is still in the guest.',
+      remedy:
+        this.#socket === undefined
+          ? 'The guest may still be paused (xl unpause); a journal that was left behind lists what is in it.'
+          : 'The guest was let go; if a journal was left behind, it lists what is still in the guest.',
       context: { call: 'vmi_resume_vm' },
     });
   }
@@ -376,6 +391,17 @@ function unsupportedPaging(context: Record<string, unknown>): MemtablesError {
     remedy: 'Only 64-bit guests with 4-level paging are supported; attach once the guest has booted.',
     context,
   });
+}
+
+function tooManyVcpus(vcpus: number, most: number): MemtablesError {
+  return new MemtablesError(
+    'GUEST_UNSUPPORTED',
+    `the guest has ${vcpus} vCPUs, and only ${most} can be stepped`,
+    {
+      remedy: `On Xen, attach to guests with at most ${most} vCPUs.`,
+      context: { vcpus, most },
+    },
+  );
 }
 
 function refusedInHandler(method: string): MemtablesError {

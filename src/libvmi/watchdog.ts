@@ -96,11 +96,12 @@ export class Watchdog {
     if (this.#reported || elapsedMs <= this.#limitMs + allowanceMs) return;
     this.#reported = true;
     const name = FUNCTION_NAMES[call - 1];
+    const waitedMs = Math.round(elapsedMs);
     this.#onStuck(
-      new MemtablesError('HYPERVISOR_STUCK', `${name} has not returned for ${Math.round(elapsedMs)} ms`, {
+      new MemtablesError('HYPERVISOR_STUCK', `${name} has not returned for ${waitedMs} ms`, {
         remedy:
           'A journal that was left behind lists what is still in the guest; restart the guest, or attach again.',
-        context: { call: name, elapsedMs, limitMs: this.#limitMs, allowanceMs },
+        context: { call: name, waitedMs, limitMs: this.#limitMs, ...(allowanceMs > 0 && { allowanceMs }) },
       }),
     );
   }

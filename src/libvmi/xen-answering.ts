@@ -1,4 +1,4 @@
-import { type Gfn, type Gpa, type Gva, gfnOf } from '../vmi/address.js';
+import { type Gfn, type Gpa, type Gva, gfnOf, gpaOfFrame, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { HiddenMemory, HiddenPiece, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { MAX_INSTRUCTION_LENGTH } from '../x86/instruction.js';
 import * as abi from './abi.js';
@@ -18,8 +18,9 @@ export interface GuestControl {
   translate(pageTable: bigint, gva: Gva): Gpa | undefined;
 }
 
-/** Every answer that lets the access fault again. */
+/** Lets the access fault again. */
 const AGAIN: Response = { flags: abi.RESPONSE_NONE };
+const TOGGLE_STEP: Response = { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
 
 /**
  * Xen runs an instruction again after its event, unless it is told to emulate it: what it decodes then, and what it
@@ -31,7 +32,9 @@ const AGAIN: Response = { flags: abi.RESPONSE_NONE };
  * faults again and again until the step is over. At most one vCPU is in such a step.
  */
 export class XenAnswering implements Answering {
+  readonly mostVcpus = abi.MAX_STEPPED_VCPUS;
   hidden: HiddenMemory | undefined;
+  accepting = true;
   #step: Step | undefined;
 
   constructor(private readonly guest: GuestControl) {}
@@ -41,50 +44,39 @@ export class XenAnswering implements Answering {
   }
 
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response {
-    // Its step could not be made now, and what it reads may change before it runs again.
-    if (this.guest.isPaused()) return AGAIN;
-    const { vcpu, rip } = violation;
+    const { vcpu, rip, read, write } = violation;
     const stepping = this.#step?.vcpu === vcpu;
-    if (stepping && this.#step?.rip !== rip) {
-      // The instruction was emulated, and the one behind has got here before the step was told.
-      return this.stepped(vcpu);
-    }
-    if (!violation.read && !violation.write) {
-      // Nobody traps execution but a step: of all vCPUs on the frames that it shows.
-      return stepping ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
-    }
+    // Its step could not be made now, and what it reads may change before it runs again.
+    if (this.guest.isPaused() || !(this.accepting || stepping)) return AGAIN;
+    // The instruction was emulated, and the one behind has got here before the step was told.
+    if (stepping && this.#step?.rip !== rip) return this.stepped(vcpu);
+    // Nobody traps execution but a step: of all vCPUs on the frames that it shows.
+    if (!read && !write) return stepping ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
+    const length = read ? this.hidden?.onlyRead(violation) : undefined;
+    const needsStep = read && this.hidden !== undefined && length === undefined;
+    if (needsStep && this.#step !== undefined && !stepping) return AGAIN;
     const data = ask();
-    if (!violation.read) return this.completed(violation);
-    if (this.hidden === undefined || this.hidden.readsOnce(violation)) {
-      return data === undefined ? this.completed(violation) : { flags: abi.RESPONSE_SET_READ_DATA, data };
-    }
-    if (this.#step !== undefined && !stepping) return AGAIN;
-    this.#step ??= { vcpu, rip, shown: new Map() };
-    try {
-      this.#show(violation, this.#step);
-    } catch (error) {
-      this.end();
-      throw error;
-    }
-    return stepping ? AGAIN : { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
+    if (needsStep) return this.#stepOver(violation);
+    if (data === undefined) return this.completed(violation);
+    return { flags: abi.RESPONSE_SET_READ_DATA, data: data.subarray(0, length) };
   }
 
   completed(violation: Violation): Response {
     return violation.read || violation.write ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
   }
 
+  /** That an event comes says that stepping is on, also where its step was given up. */
   stepped(vcpu: number): Response {
-    if (this.#step?.vcpu !== vcpu) return AGAIN;
-    this.end();
-    return { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
+    if (this.#step?.vcpu === vcpu) this.end();
+    return TOGGLE_STEP;
   }
 
   end(): void {
     const step = this.#step;
     if (step === undefined) return;
     this.guest.whilePaused(() => {
-      for (const [gfn, pieces] of step.shown) {
-        for (const piece of pieces) this.#hideAgain(piece);
+      for (const [gfn, frame] of step.shown) {
+        this.#hideAgain(gfn, frame);
         this.guest.trap(gfn, abi.ACCESS_READ | abi.ACCESS_WRITE);
         step.shown.delete(gfn);
       }
@@ -92,40 +84,93 @@ export class XenAnswering implements Answering {
     this.#step = undefined;
   }
 
+  #stepOver(violation: TrappedAccess): Response {
+    const { vcpu, rip } = violation;
+    const begins = this.#step === undefined;
+    this.#step ??= { vcpu, rip, shown: new Map() };
+    try {
+      this.#show(violation, this.#step);
+    } catch (error) {
+      this.end();
+      throw error;
+    }
+    return begins ? TOGGLE_STEP : AGAIN;
+  }
+
   /** Puts the original bytes of the frame that was read into memory. */
   #show({ gpa, rip, pageTable }: TrappedAccess, { shown }: Step): void {
     const gfn = gfnOf(gpa);
-    const code = this.guest.translate(pageTable, rip);
+    const code = this.#codeAt(pageTable, rip);
     // The instruction itself has to stay what it is.
     const pieces = (this.hidden?.piecesOn(gfn) ?? []).filter(
-      (piece) => code === undefined || !holdsCode(piece, code),
+      (piece) => !code.some((part) => overlaps(piece, part)),
     );
-    shown.set(gfn, pieces);
     this.guest.whilePaused(() => {
-      for (const { gpa, original } of pieces) this.guest.write(gpa, original);
+      const frame: ShownFrame = {
+        pieces,
+        memory: Uint8Array.from(this.guest.read(gpaOfFrame(gfn), PAGE_SIZE)),
+      };
+      shown.set(gfn, frame);
+      for (const { gpa, original } of pieces) this.#write(frame, gpa, original);
       this.guest.trap(gfn, abi.ACCESS_EXECUTE);
     });
   }
 
   /** What the guest has written meanwhile stays. */
-  #hideAgain(piece: HiddenPiece): void {
-    const { gpa, original, current } = piece;
-    const memory = this.guest.read(gpa, original.length);
-    this.guest.write(
-      gpa,
-      memory.map((byte, index) => (byte === original[index] ? current[index]! : byte)),
+  #hideAgain(gfn: Gfn, frame: ShownFrame): void {
+    const now = this.guest.read(gpaOfFrame(gfn), PAGE_SIZE);
+    const isWritten = (offset: number) => now[offset] !== frame.memory[offset];
+    const hit = frame.pieces.filter(({ gpa, original }) =>
+      original.some((_, index) => isWritten(pageOffset(gpa) + index)),
     );
-    if (Buffer.compare(memory, original) !== 0) this.hidden?.overwritten(piece);
+    if (now.some((_, offset) => isWritten(offset))) this.hidden?.written(gfn, hit);
+    for (const { gpa, current } of frame.pieces) {
+      const at = pageOffset(gpa);
+      this.#write(
+        frame,
+        gpa,
+        current.map((byte, index) => (isWritten(at + index) ? now[at + index]! : byte)),
+      );
+    }
   }
+
+  #write({ memory }: ShownFrame, gpa: Gpa, bytes: Uint8Array): void {
+    this.guest.write(gpa, bytes);
+    memory.set(bytes, pageOffset(gpa));
+  }
+
+  /** Where the longest instruction at `rip` would lie. */
+  #codeAt(pageTable: bigint, rip: Gva): Part[] {
+    const onPage = Math.min(MAX_INSTRUCTION_LENGTH, PAGE_SIZE - pageOffset(rip));
+    const parts = [
+      { gva: rip, length: onPage },
+      { gva: rip + BigInt(onPage), length: MAX_INSTRUCTION_LENGTH - onPage },
+    ];
+    return parts.flatMap(({ gva, length }) => {
+      const gpa = length === 0 ? undefined : this.guest.translate(pageTable, gva);
+      return gpa === undefined ? [] : [{ gpa, length }];
+    });
+  }
+}
+
+interface ShownFrame {
+  readonly pieces: readonly HiddenPiece[];
+  /** The frame's memory, as far as nobody but this has written to it. */
+  readonly memory: Uint8Array;
 }
 
 /** The vCPU that makes it, at which instruction, and the frames that show their original bytes for it. */
 interface Step {
   readonly vcpu: number;
   readonly rip: Gva;
-  readonly shown: Map<Gfn, readonly HiddenPiece[]>;
+  readonly shown: Map<Gfn, ShownFrame>;
 }
 
-function holdsCode({ gpa, original }: HiddenPiece, code: Gpa): boolean {
-  return gpa < code + BigInt(MAX_INSTRUCTION_LENGTH) && code < gpa + BigInt(original.length);
+interface Part {
+  readonly gpa: Gpa;
+  readonly length: number;
+}
+
+function overlaps({ gpa, original }: HiddenPiece, part: Part): boolean {
+  return gpa < part.gpa + BigInt(part.length) && part.gpa < gpa + BigInt(original.length);
 }

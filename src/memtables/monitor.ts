@@ -77,23 +77,26 @@ export class Monitor implements HiddenMemory {
     return this.cloaks.answer(violation.gpa, this.#readPhysical);
   }
 
-  readsOnce({ rip, gva }: Violation): boolean {
-    const instruction = this.#instructionAt(rip);
-    const bytes = instruction && onlyReadOf(instruction.bytes);
-    if (bytes === undefined || bytes > MAX_ANSWER) return false;
+  onlyRead({ rip, gva }: Violation): number | undefined {
+    // What is cached may not be the code any more, and a wrong answer would be a wrong value in the guest.
+    const code = this.#readable(() => this.#codeAt(rip));
+    const bytes = code && onlyReadOf(code);
+    if (bytes === undefined || bytes > MAX_ANSWER) return undefined;
     const offset = pageOffset(gva);
     // At the start of a page it may be the end of a read that begins on the page before.
-    return offset + bytes <= PAGE_SIZE && (offset > 0 || bytes === 1);
+    return offset + bytes <= PAGE_SIZE && (offset > 0 || bytes === 1) ? bytes : undefined;
   }
 
   piecesOn(gfn: Gfn): readonly HiddenPiece[] {
     return this.cloaks.on(gfn);
   }
 
-  overwritten({ gpa }: HiddenPiece): void {
+  written(_gfn: Gfn, pieces: readonly HiddenPiece[]): void {
     this.#wroteAt = performance.now();
-    this.cloakedWrites++;
-    this.#rememberWrite({ gpa, length: undefined });
+    // Which virtual addresses the frame has is not known.
+    this.instructions.clear();
+    if (pieces.length > 0) this.cloakedWrites++;
+    for (const { gpa } of pieces) this.#rememberWrite({ gpa, length: undefined });
   }
 
   #count(violation: Violation, instruction: CachedInstruction | undefined): void {
@@ -129,10 +132,14 @@ export class Monitor implements HiddenMemory {
 
   /** The decoded instruction, or `undefined` where the guest shows none. */
   #instructionAt(rip: Gva): CachedInstruction | undefined {
+    return this.#readable(() => this.instructions.lookup(rip, this.#codeAt));
+  }
+
+  /** A guest that changes its code or its mappings under our eyes is not an error of ours. */
+  #readable<T>(read: () => T): T | undefined {
     try {
-      return this.instructions.lookup(rip, this.#codeAt);
+      return read();
     } catch (error) {
-      // A guest that changes its code or its mappings under our eyes is not an error of ours.
       if (error instanceof MemtablesError && UNREADABLE_CODE.has(error.code)) return undefined;
       throw error;
     }

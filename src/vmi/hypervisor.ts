@@ -38,11 +38,14 @@ export interface HiddenPiece {
  * the original bytes in memory itself.
  */
 export interface HiddenMemory {
-  /** Whether the instruction of a read violation reads memory once, from `violation.gva` on and on that page only. */
-  readsOnce(violation: Violation): boolean;
+  /**
+   * The bytes that the instruction of a read violation reads, if it reads memory once, from `violation.gva` on and on
+   * that page only.
+   */
+  onlyRead(violation: Violation): number | undefined;
   piecesOn(gfn: Gfn): readonly HiddenPiece[];
-  /** The guest has written to a piece while it was shown; what it wrote was left there. */
-  overwritten(piece: HiddenPiece): void;
+  /** While the frame was shown the guest has written to it, and to these of its pieces; what it wrote is there. */
+  written(gfn: Gfn, pieces: readonly HiddenPiece[]): void;
 }
 
 /**
@@ -67,7 +70,10 @@ export interface Hypervisor {
   /** Sets GPRs, RIP and RFLAGS (nothing else); only on a quiescent guest. */
   setRegisters(vcpu: number, registers: Registers): void;
 
-  /** Pauses every vCPU. Not a barrier: an event may still be raised afterwards (see `quiescence.ts`). */
+  /**
+   * Pauses every vCPU. Not a barrier: an event may still be raised afterwards (see `quiescence.ts`). The violation
+   * handler may be called from inside, before the guest is paused, and what it throws is thrown from here.
+   */
   pause(): void;
   /** Resumes every vCPU. The violation handler may be called from inside. */
   resume(): void;
@@ -77,7 +83,10 @@ export interface Hypervisor {
   /** Gives a frame all its permissions back. */
   releaseAccess(gfn: Gfn): void;
 
-  /** Who answers violations. Exactly one; without one every access completes on guest memory. */
+  /**
+   * Who answers violations. Exactly one; without one every access completes on guest memory. Without `hidden`, a read
+   * is taken for the only one of its instruction.
+   */
   onViolation(handler: ViolationHandler | undefined, hidden?: HiddenMemory): void;
   /**
    * Waits up to `timeoutMs` for violations, has the handler answer them and returns how many there were.

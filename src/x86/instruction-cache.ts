@@ -58,20 +58,19 @@ export class InstructionCache {
       read: memoryAccess(decoded, 'read'),
       write: memoryAccess(decoded, 'write'),
     };
-    if (this.instructions.size >= this.capacity) this.dropOldest();
+    if (this.instructions.size >= this.capacity) this.dropOlderHalf();
     this.instructions.set(rip, { instruction, used });
     return instruction;
   }
 
-  private dropOldest(): void {
-    let oldest: Gva | undefined;
-    let leastUsed = Number.POSITIVE_INFINITY;
-    for (const [rip, { used }] of this.instructions) {
-      if (used >= leastUsed) continue;
-      oldest = rip;
-      leastUsed = used;
-    }
-    if (oldest !== undefined) this.instructions.delete(oldest);
+  clear(): void {
+    this.instructions.clear();
+  }
+
+  /** Half of them at once: a guest can have every one that is looked up be a new one. */
+  private dropOlderHalf(): void {
+    const byUse = [...this.instructions].sort(([, a], [, b]) => a.used - b.used);
+    for (const [rip] of byUse.slice(0, Math.ceil(byUse.length / 2))) this.instructions.delete(rip);
   }
 
   /** Drops every instruction that has a byte in `[address, address + length)`; returns how many. */

@@ -24,12 +24,11 @@ export function onlyReadOf(code: Uint8Array): number | undefined {
   const factory = new InstructionInfoFactory();
   const info = factory.info(instruction);
   try {
-    const used = info.usedMemory() as UsedMemory[];
-    // Of each is known what has to be known before all are freed.
-    const reads = used
-      .filter(({ access }) => READS.has(access))
-      .map(({ memorySize }) => MemorySizeExt.size(memorySize));
-    for (const memory of used) memory.free();
+    const reads = (info.usedMemory() as UsedMemory[]).flatMap((memory) => {
+      const { access, memorySize } = memory;
+      memory.free();
+      return READS.has(access) ? [MemorySizeExt.size(memorySize)] : [];
+    });
     const [size] = reads;
     return reads.length === 1 && size !== 0 && !instruction.isVsib ? size : undefined;
   } finally {

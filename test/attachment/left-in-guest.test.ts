@@ -65,7 +65,6 @@ describe.each(LIBRARIES)('a hypervisor that is lost with hooks in the guest, ove
 
   test('because it stops answering: the error names the call and what is left, and the guest is let go', async () => {
     host.command.kill('SIGSTOP');
-    // A hypervisor that is not asked anything may be silent for as long as it likes.
     const unloading = failure(attachment.unload());
     const error = await failure(attachment.ended);
     expect(error.code).toBe('HYPERVISOR_STUCK');
@@ -105,7 +104,7 @@ describe('an error that ends an attachment', () => {
     journal.record({ ...CHANGE, gpa: 0x2000n });
     expect(withJournal(gone, path)).toMatchObject({
       code: 'HYPERVISOR_GONE',
-      message: `gone; 1 change is still in the guest; ${path} lists them`,
+      message: `gone; 1 change is still in the guest; ${path} lists it`,
       context: {
         at: 1n,
         journal: path,

@@ -14,7 +14,7 @@ vi.mock('node:worker_threads', () => ({
   },
 }));
 
-const KERNEL = { base: 0xfffff80000000000n, size: 0x1000, pdb: 'x.pdb', vcpus: 1 };
+const KERNEL = { base: 0xfffff80000000000n, size: 0x1000, pdb: 'x.pdb', vcpus: 1, library: 'x.so' };
 const failure = (action: Promise<unknown>): Promise<unknown> =>
   action.then(
     () => 'nothing was thrown',

@@ -83,6 +83,25 @@ describe('a resume', () => {
   });
 });
 
+describe('listening', () => {
+  it('ends, however many events the commands of callbacks bring in', async () => {
+    await start();
+    await program.run(`watch 0 5 ${RW}`);
+    await program.run('actions respond 128');
+    let raised = 1;
+    // Before the reply to what the one vCPU's callback wants, the next event of the other.
+    peer.answers.set(Id.setRegisters, ({ body }) => {
+      if (raised++ < 2000) peer.raisePageFault(1 - body.readUInt16LE(0), 0x5000n, 0x5000n);
+      return Buffer.alloc(0);
+    });
+    peer.raisePageFault(0, 0x5000n, 0x5000n);
+    let handled = (await program.run('listen 10000')).events.length;
+    expect(handled).toBeLessThan(1000);
+    while (handled < 2000) handled += (await program.run('listen 10000')).events.length;
+    expect(handled).toBe(2000);
+  });
+});
+
 describe('single steps', () => {
   it.each([32, 100, 0xffffffff])('of vCPU %s, for which an event has no bit, are refused', async (vcpu) => {
     await start();

@@ -5,13 +5,6 @@ import { fileURLToPath } from 'node:url';
 const bundled = fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url));
 const real = process.env.MEMTABLES_TEST_LIBVMI;
 
-if (!real) {
-  // biome-ignore lint/suspicious/noConsole: a skip has to be seen
-  console.warn(
-    'SKIPPED: "libvmi itself" needs MEMTABLES_TEST_LIBVMI, or npm run test:libvmi -- --libvmi PATH',
-  );
-}
-
 /** The libraries with libvmi's C ABI that the suite runs on. */
 export const LIBRARIES: readonly { readonly library: string; readonly path: string }[] = [
   ...(existsSync(bundled) ? [{ library: 'the bundled library', path: bundled }] : []),

@@ -2,7 +2,13 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { openSessionOn } from '../../src/libvmi/open-session.js';
 import type { LibvmiSession } from '../../src/libvmi/session.js';
-import { ACCESS_EXECUTE, type Machine } from '../../src/machine/machine.js';
+import {
+  ACCESS_EXECUTE,
+  ACCESS_READ,
+  ACCESS_WRITE,
+  type Machine,
+  type Trap,
+} from '../../src/machine/machine.js';
 import { type Gpa, gfnOf, PAGE_SIZE } from '../../src/vmi/address.js';
 import type { HiddenPiece } from '../../src/vmi/hypervisor.js';
 import type { Registers } from '../../src/x86/registers.js';
@@ -12,15 +18,18 @@ import { XenLibrary } from '../support/xen-library.js';
 const NEXT_PAGE = DATA + BigInt(PAGE_SIZE);
 const ZERO_FLAG = 0x40n;
 const HLT = 'f4';
+/** `VMI_MEMACCESS_X` */
+const ABI_EXECUTE = 8;
 
 let machine: Machine;
 let library: XenLibrary;
 let session: LibvmiSession;
 let pieces: HiddenPiece[];
-let readsOnce: boolean;
+/** What the tests' instructions read, where they read once. */
+let onlyRead: number | undefined;
 /** Where a handler was asked. */
 let asked: Gpa[];
-let overwritten: HiddenPiece[];
+let written: (readonly HiddenPiece[])[];
 
 beforeEach(() => {
   machine = createFlatMachine({ vcpus: 2 });
@@ -29,18 +38,18 @@ beforeEach(() => {
   library.advance = () => step(0);
   session = openSessionOn(library, { name: 'guest' });
   pieces = [];
-  readsOnce = false;
+  onlyRead = undefined;
   asked = [];
-  overwritten = [];
+  written = [];
   session.onViolation(
     ({ gpa }) => {
       asked.push(gpa);
       return pieces.find((piece) => piece.gpa >= gpa && gfnOf(piece.gpa) === gfnOf(gpa))?.original;
     },
     {
-      readsOnce: () => readsOnce,
+      onlyRead: () => onlyRead,
       piecesOn: (gfn) => pieces.filter((piece) => gfnOf(piece.gpa) === gfn),
-      overwritten: (piece) => overwritten.push(piece),
+      written: (_gfn, hit) => written.push(hit),
     },
   );
 });
@@ -97,7 +106,7 @@ function expectHidden(): void {
 
 describe('an instruction that reads once', () => {
   test('is answered with data, and no step', () => {
-    readsOnce = true;
+    onlyRead = 4;
     hide(DATA + 8n, '11223344', 'aabbccdd');
     load('8b06', { rsi: DATA + 8n, rax: 0n }); // mov eax, [rsi]
     expect(runTo(CODE + 2n).rax).toBe(0x4433_2211n);
@@ -106,7 +115,7 @@ describe('an instruction that reads once', () => {
   });
 
   test('where nothing is hidden is emulated: answered with nothing it would fault for ever', () => {
-    readsOnce = true;
+    onlyRead = 4;
     hide(DATA + 8n, '11223344', 'aabbccdd');
     machine.writePhysical(DATA + 64n, hexBytes('55667788'));
     load('8b06', { rsi: DATA + 64n, rax: 0n });
@@ -188,7 +197,15 @@ describe('while hidden bytes are shown', () => {
     load('f3a4', { rsi: DATA + 8n, rdi: DATA + 10n, rcx: 1n }); // rep movsb: 11 over 33
     runTo(CODE + 2n);
     expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('aabb11dd')]);
-    expect(overwritten).toEqual([piece]);
+    expect(written).toEqual([[piece]]);
+  });
+
+  test('what the guest writes beside them is told, too: it may be code', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('f3a4', { rsi: DATA + 8n, rdi: DATA + 64n, rcx: 1n });
+    runTo(CODE + 2n);
+    expect(written).toEqual([[]]);
+    expectHidden();
   });
 
   test('another vCPU does not execute them: it goes on once they are hidden again', () => {
@@ -211,15 +228,17 @@ describe('while hidden bytes are shown', () => {
     expectHidden();
   });
 
-  test('another vCPU that has to be shown bytes waits for its turn', () => {
+  test('another vCPU that has to be shown bytes waits for its turn, and is counted once', () => {
     hide(DATA + 8n, '11223344', 'aabbccdd');
     hide(NEXT_PAGE + 8n, '11223344', '01020304');
     load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n });
     load('a7', { rsi: NEXT_PAGE + 8n, rdi: NEXT_PAGE + 8n, rflags: 2n }, { vcpu: 1, at: CODE + 0x100n });
     untilStep();
+    asked = [];
     library.advance = () => step(1);
-    session.listen(1);
+    for (let listens = 0; listens < 10; listens++) session.listen(1);
     expect(machine.registers(1).rip).toBe(CODE + 0x100n);
+    expect(asked).toEqual([]);
     library.advance = () => [...step(0), ...step(1)];
     for (let listens = 0; machine.registers(1).rip === CODE + 0x100n || library.stepping; listens++) {
       expect(listens).toBeLessThan(1000);
@@ -227,6 +246,27 @@ describe('while hidden bytes are shown', () => {
     }
     expect(machine.registers(1).rip).toBe(CODE + 0x101n);
     expectHidden();
+  });
+
+  test('a pause does not wait for what other vCPUs want to be shown', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(NEXT_PAGE + 8n, '11223344', 'aabbccdd');
+    const copy = (vcpu: number, from: Gpa) => {
+      const registers = { rsi: from, rdi: SCRATCH + BigInt(vcpu) * 0x400n, rcx: 1000n, rflags: 2n };
+      load('f3a4', registers, { vcpu, at: CODE + BigInt(vcpu) * 0x100n }); // rep movsb
+    };
+    copy(0, DATA + 8n);
+    copy(1, NEXT_PAGE + 8n);
+    // The end of one vCPU's step is told just before the next violation of the other.
+    const stepsFirst = (trap: Trap) => (trap.kind === 'single-step' ? 0 : 1);
+    library.advance = () => [...step(0), ...step(1)].sort((a, b) => stepsFirst(a) - stepsFirst(b));
+    untilStep();
+    const before = library.answers.steps;
+    session.pause();
+    expect(library.answers.steps - before).toBeLessThan(3);
+    expectHidden();
+    session.resume();
+    library.advance = () => [];
   });
 
   test('a pause waits until they are hidden again', () => {
@@ -256,9 +296,50 @@ describe('while hidden bytes are shown', () => {
   });
 });
 
+describe('showing them fails', () => {
+  test('at the second frame of an instruction: everything is hidden, and the vCPU is stepped no more', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(NEXT_PAGE + 64n, '11223344', '01020304');
+    load(`a7${'90'.repeat(20)}`, { rsi: DATA + 8n, rdi: NEXT_PAGE + 64n, rflags: 2n });
+    const functions = library.functions as Record<string, (...args: unknown[]) => number>;
+    const set = functions.vmi_set_mem_event!;
+    let shown = 0;
+    functions.vmi_set_mem_event = (...args) => (args[2] === ABI_EXECUTE && ++shown === 2 ? 1 : set(...args));
+    // Behind the HLT: nothing stops it before.
+    const end = CODE + 22n;
+    expect(() => runTo(end)).toThrow(expect.objectContaining({ code: 'HYPERVISOR_FAILED' }));
+    runTo(end);
+    expectHidden();
+  });
+});
+
+describe('closing with a violation that was raised before', () => {
+  test('shows nothing any more: it is decided by the permissions that the frame has then', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n });
+    library.deliver(step(0));
+    library.advance = () => [];
+    session.close();
+    expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('aabbccdd')]);
+    expect(machine.access(gfnOf(DATA))).toBe(ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE);
+    expect(library.stepping).toBe(false);
+  });
+});
+
+describe('attaching', () => {
+  test('a guest with more vCPUs than libvmi can step is refused', () => {
+    const crowded = new XenLibrary(machine);
+    vi.spyOn(crowded.functions, 'vmi_get_num_vcpus').mockReturnValue(33);
+    vi.spyOn(crowded.functions, 'vmi_get_vcpuregs').mockReturnValue(0);
+    expect(() => openSessionOn(crowded, { name: 'guest' })).toThrow(
+      expect.objectContaining({ code: 'GUEST_UNSUPPORTED' }),
+    );
+  });
+});
+
 describe('a violation from before a pause', () => {
   test('is not decided on: the instruction faults again, and sees what is there then', () => {
-    readsOnce = true;
+    onlyRead = 4;
     hide(DATA + 8n, '11223344', 'aabbccdd');
     load('8b06', { rsi: DATA + 8n, rax: 0n });
     const trap = step(0);

@@ -17,7 +17,6 @@ import { type Advance, freeRunning } from './machine-hypervisor.js';
 
 const CALLBACK = koffi.proto('uint32_t', ['void *', 'void *']);
 const INSTANCE = 1n;
-const NOT_MAPPED = 1;
 const FAILURE = 1;
 const ACCESSES = { read: abi.ACCESS_READ, write: abi.ACCESS_WRITE, execute: abi.ACCESS_EXECUTE } as const;
 const FULL_ACCESS = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
@@ -33,8 +32,6 @@ export class XenLibrary implements Libvmi {
   advance: Advance = freeRunning;
   /** How the events were answered so far. */
   readonly answers = { again: 0, emulated: 0, withData: 0, steps: 0 };
-  /** Called before an event is answered. */
-  beforeCallback: (trap: Trap) => void = () => {};
   readonly functions: Libvmi['functions'];
   readonly #events: bigint[] = [];
   readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
@@ -69,7 +66,7 @@ export class XenLibrary implements Libvmi {
       },
       vmi_pagetable_lookup: (_vmi, table, gva, word) => {
         const gpa = translate(machine, table as bigint, gva as bigint);
-        if (gpa === undefined) return NOT_MAPPED;
+        if (gpa === undefined) return FAILURE;
         new DataView((word as Uint8Array).buffer).setBigUint64(0, gpa, true);
         return abi.STATUS_SUCCESS;
       },
@@ -125,7 +122,6 @@ export class XenLibrary implements Libvmi {
   }
 
   #answer(trap: Trap): void {
-    this.beforeCallback(trap);
     const type = trap.kind === 'single-step' ? abi.EVENT_TYPE_SINGLE_STEP : abi.EVENT_TYPE_MEMORY;
     const address = this.#events.find((event) => eventView(event).getUint16(abi.EVENT.type, true) === type);
     if (address === undefined) throw new Error('an event that nobody has registered for');

@@ -83,13 +83,13 @@ describe('InstructionCache', () => {
     expect(cache.size).toBe(9);
   });
 
-  it('the instruction not used for longest is dropped at its capacity', () => {
-    const cache = new InstructionCache(3);
-    for (const offset of [0n, 1n, 2n]) cache.lookup(RIP + offset, () => NOP);
+  it('the half not used for longest is dropped at its capacity', () => {
+    const cache = new InstructionCache(4);
+    for (const offset of [0n, 1n, 2n, 3n]) cache.lookup(RIP + offset, () => NOP);
     cache.lookup(RIP, unexpected);
-    cache.lookup(RIP + 3n, () => NOP);
+    cache.lookup(RIP + 4n, () => NOP);
     expect(cache.size).toBe(3);
-    for (const offset of [0n, 2n, 3n]) cache.lookup(RIP + offset, unexpected);
-    expect(() => cache.lookup(RIP + 1n, unexpected)).toThrow();
+    for (const offset of [0n, 3n, 4n]) cache.lookup(RIP + offset, unexpected);
+    for (const offset of [1n, 2n]) expect(() => cache.lookup(RIP + offset, unexpected)).toThrow();
   });
 });

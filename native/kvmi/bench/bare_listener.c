@@ -73,13 +73,17 @@ static void registerEvents(void) {
   memory.mem_event.generic = 1;
   memory.mem_event.in_access = VMI_MEMACCESS_R | VMI_MEMACCESS_W | VMI_MEMACCESS_X;
   step.type = VMI_EVENT_SINGLESTEP;
-  step.ss_event.vcpus = (uint32_t)((1ull << lib.vmi_get_num_vcpus(vmi)) - 1);
+  const unsigned vcpus = lib.vmi_get_num_vcpus(vmi);
+  step.ss_event.vcpus = vcpus < MAX_SINGLESTEP_VCPUS ? (1u << vcpus) - 1 : ~0u;
   check("vmi_register_event", lib.vmi_register_event(vmi, &memory));
   check("vmi_register_event", lib.vmi_register_event(vmi, &step));
 }
 
 static void setAccess(char **frames, vmi_mem_access_t access) {
-  for (; *frames; frames++) check("vmi_set_mem_event", lib.vmi_set_mem_event(vmi, strtoull(*frames, NULL, 0), access, 0));
+  for (; *frames; frames++) {
+    const addr_t gfn = strtoull(*frames, NULL, 0);
+    check("vmi_set_mem_event", lib.vmi_set_mem_event(vmi, gfn, access, 0));
+  }
 }
 
 static void *awaitEnd(void *unused) {
