@@ -2,7 +2,7 @@ import { execFile } from 'node:child_process';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { basename } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { promisify } from 'node:util';
+import { isDeepStrictEqual, promisify } from 'node:util';
 import koffi from 'koffi';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { Host, PROFILE } from '../cli/command.js';
@@ -71,16 +71,24 @@ function residentSize(process: number | 'self'): number {
 }
 
 /**
- * The same twice in a row: a thread that is ending, and the socket with which the host tries again and again to
- * reach the next tool, are gone a moment later.
+ * The same many times in a row: a thread that is ending, and the socket with which the host tries again and again to
+ * reach the next tool, are gone a moment later, or longer where the processors are busy.
  */
 async function settled(look: () => Holdings): Promise<Holdings> {
-  for (let before = look(); ; ) {
+  let before = look();
+  for (let same = 0; same < 20; ) {
     await sleep(50);
     const now = look();
-    if (JSON.stringify(now) === JSON.stringify(before)) return now;
+    same = isDeepStrictEqual(now, before) ? same + 1 : 0;
     before = now;
   }
+  return before;
+}
+
+/** What is held once it is `expected`, or when it has not become that for long. */
+async function settledAs(expected: Holdings, look: () => Holdings): Promise<Holdings> {
+  for (let tries = 0; tries < 400 && !isDeepStrictEqual(look(), expected); tries++) await sleep(50);
+  return look();
 }
 
 /**
@@ -164,7 +172,7 @@ describe.each(LIBRARIES)('attaching again and again through $library', ({ librar
       const before = await settled(look);
       const [toolBefore, hostBefore] = resident();
       for (let i = 0; i < CYCLES; i++) await cycle();
-      const after = await settled(look);
+      const after = await settledAs(before, look);
       const [toolAfter, hostAfter] = resident();
       const { restrictedFrames } = await host.client.statistics();
       const change = (from: number, to: number) => `${from} → ${to}`;
