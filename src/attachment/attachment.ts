@@ -2,6 +2,7 @@ import { EventEmitter } from 'node:events';
 import { resolve } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { MemtablesError } from '../errors.js';
+import type { HandlerChoice } from '../handlers/planner.js';
 import { cutConnection } from '../libvmi/cut.js';
 import { removeSocket } from '../libvmi/socket-path.js';
 import { createHeartbeat, Watchdog } from '../libvmi/watchdog.js';
@@ -28,6 +29,8 @@ export interface AttachOptions {
   readonly library?: string;
   /** A load is relocated once it has trapped more often than this. */
   readonly threshold?: number;
+  /** What hot table loads are replaced by; without it the fastest handler that fits. */
+  readonly handler?: HandlerChoice;
   /** Whether to relocate from the start; `setRelocation` changes it. */
   readonly relocate?: boolean;
   /** Where changes to the guest are recorded while they last. */
@@ -47,6 +50,7 @@ export interface AttachOptions {
 
 /** The threshold of HVMI's documentation. */
 export const DEFAULT_THRESHOLD = 50;
+export const DEFAULT_HANDLER: HandlerChoice = 'auto';
 export const DEFAULT_UNLOAD_SECONDS = 60;
 
 /** Below the 10 seconds after which the bundled library takes a silent hypervisor for one that has gone. */
@@ -113,6 +117,7 @@ export class Attachment extends EventEmitter<Events> {
       profile: options.profile,
       library: options.library,
       threshold: options.threshold ?? DEFAULT_THRESHOLD,
+      handler: options.handler ?? DEFAULT_HANDLER,
       relocate: options.relocate ?? true,
       journal: resolve(options.journal ?? journalOf(options)),
       unloadSeconds: options.unloadSeconds ?? DEFAULT_UNLOAD_SECONDS,

@@ -1,4 +1,5 @@
 import { type ErrorCode, type ErrorContext, MemtablesError } from '../errors.js';
+import type { HandlerChoice } from '../handlers/planner.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import type { Gva } from '../vmi/address.js';
 
@@ -9,6 +10,7 @@ export interface WorkerOptions {
   readonly profile: string;
   readonly library: string | undefined;
   readonly threshold: number;
+  readonly handler: HandlerChoice;
   readonly relocate: boolean;
   readonly journal: string;
   readonly unloadSeconds: number;

@@ -53,6 +53,7 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
     await closing(journal, () => {
       const engine = new Engine(session, kernel, journal, {
         threshold: options.threshold,
+        handler: options.handler,
         unloadSeconds: options.unloadSeconds,
         report: (event) => post({ type: 'event', event }),
       });

@@ -1,6 +1,6 @@
 // The thread that listens with the engine, or with the binding alone; its loop is that of an attachment's worker.
 import { type MessagePort, parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads';
-import { DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
+import { DEFAULT_HANDLER, DEFAULT_THRESHOLD, DEFAULT_UNLOAD_SECONDS } from '../attachment/attachment.js';
 import { findKernel } from '../attachment/find-kernel.js';
 import { toPortable } from '../attachment/protocol.js';
 import { Journal } from '../journal/journal.js';
@@ -41,6 +41,7 @@ async function withEngine(session: LibvmiSession): Promise<void> {
   const journal = Journal.create(options.journal, identity, () => true);
   const engine = new Engine(session, kernel, journal, {
     threshold: DEFAULT_THRESHOLD,
+    handler: DEFAULT_HANDLER,
     unloadSeconds: DEFAULT_UNLOAD_SECONDS,
     report: () => {},
   });

@@ -3,6 +3,7 @@ import { Attachment, journalOf } from '../attachment/attachment.js';
 import { assertFunctionsKnown } from '../attachment/known-functions.js';
 import { undoFailed } from '../attachment/undo-failed.js';
 import { MemtablesError } from '../errors.js';
+import type { HandlerChoice } from '../handlers/planner.js';
 import { loadProfile } from '../nt/profile.js';
 import { hex } from '../vmi/address.js';
 import { counts, describeEvents, inMilliseconds, plural } from './describe.js';
@@ -19,6 +20,7 @@ export interface AttachCommandOptions {
   readonly hook?: readonly string[];
   readonly time?: number;
   readonly threshold: number;
+  readonly handler: HandlerChoice;
   readonly relocate: boolean;
   readonly unloadTimeout: number;
   readonly stuckAfter: number;
@@ -98,6 +100,7 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
       name: options.name,
       profile: options.profile,
       threshold: options.threshold,
+      handler: options.handler,
       relocate: options.relocate,
       unloadSeconds: options.unloadTimeout,
       stuckAfterSeconds: options.stuckAfter,

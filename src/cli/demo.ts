@@ -1,6 +1,7 @@
 import { type DemoSummary, demoFailed, runDemo } from '../demo/demo.js';
 import { FORMS, type Phase, rate } from '../demo/phase.js';
 import { MemtablesError } from '../errors.js';
+import type { HandlerChoice } from '../handlers/planner.js';
 import type { EngineEvent } from '../memtables/report.js';
 import { counts, describeEvents, inMilliseconds, plural } from './describe.js';
 import { EXIT } from './exit-codes.js';
@@ -15,6 +16,7 @@ export interface DemoCommandOptions {
   readonly seconds: number;
   readonly seed?: number;
   readonly hook?: readonly string[];
+  readonly handler: HandlerChoice;
   readonly libvmi?: string;
 }
 
@@ -37,6 +39,7 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
       seconds: options.seconds,
       seed,
       hooks: options.hook,
+      handler: options.handler,
       library: options.libvmi,
     },
     {
@@ -96,7 +99,7 @@ function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): st
     '',
     ...phaseTable(phases),
     '',
-    `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'table load')} relocated; left alone: ${counts(summary.refused)}`,
+    `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'table load')} relocated (${counts(summary.encoders)}); left alone: ${counts(summary.refused)}`,
     `one-level switches: ${speedup.toFixed(0)} times as fast as with trapped tables, ${ofUnhooked.toFixed(2)} of the unhooked rate`,
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
     `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,

@@ -11,7 +11,7 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       case 'hooked':
         return `hooked ${event.name} at ${hex(event.function)}, ${event.replacedBytes} bytes moved to ${hex(event.trampoline)}`;
       case 'relocated':
-        return `relocated ${event.form} load at ${hex(event.site)} (${plural(event.entries, 'entry', 'entries')}) to ${hex(event.handler)} after ${event.hits} hits`;
+        return `relocated ${event.form} load at ${hex(event.site)} (${plural(event.entries, 'entry', 'entries')}) to a ${event.encoder} handler at ${hex(event.handler)} after ${event.hits} hits`;
       case 'refused':
         return `left the load at ${hex(event.site)} alone: ${inWords(event.reason)}`;
       case 'taken-back':

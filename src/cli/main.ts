@@ -7,7 +7,7 @@ import {
   DEFAULT_UNLOAD_SECONDS,
 } from '../attachment/attachment.js';
 import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
-import { integer, json, library, seconds, seed } from './options.js';
+import { handler, integer, json, library, seconds, seed } from './options.js';
 import { Output } from './output.js';
 import { run } from './run.js';
 
@@ -49,6 +49,7 @@ program
   .addOption(new Option('--seconds <n>', 'length of each phase').argParser(seconds).default(3))
   .addOption(seed())
   .addOption(hook('default: six that trap most tables'))
+  .addOption(handler())
   .addOption(library())
   .addOption(json())
   .addHelpText(
@@ -116,6 +117,7 @@ program
       .argParser(integer(1, 1_000_000))
       .default(DEFAULT_THRESHOLD),
   )
+  .addOption(handler())
   .option('--no-relocate', 'hide the hooks but leave the table loads where they are')
   .addOption(
     new Option('--unload-timeout <seconds>', 'how long to wait for threads to leave the handlers')

@@ -1,5 +1,7 @@
 // Options and arguments that more than one command has.
 import { InvalidArgumentError, Option } from 'commander';
+import { DEFAULT_HANDLER } from '../attachment/attachment.js';
+import { HANDLER_CHOICES } from '../handlers/planner.js';
 
 export function integer(minimum: number, maximum: number) {
   return (text: string): number => {
@@ -29,6 +31,10 @@ export const seed = () =>
   new Option('--seed <n>', "decides the guest's layout and what its workload does").argParser(
     integer(0, 0xffffffff),
   );
+export const handler = () =>
+  new Option('--handler <kind>', 'what hot table loads are replaced by; auto: the fastest that fits')
+    .choices(HANDLER_CHOICES)
+    .default(DEFAULT_HANDLER);
 export const json = () => new Option('--json', 'print JSON lines instead of text');
 export const library = () =>
   new Option(

@@ -1,5 +1,5 @@
 // What the words mean that say why something was left as it is; docs/refusals.md lists them.
-import type { SeedRefusal } from '../handlers/seed.js';
+import type { HandlerRefusal } from '../handlers/planner.js';
 import type { HookRefusal } from '../memtables/hooks.js';
 import type { Instability } from '../slack/regions.js';
 import type { RefusalReason } from '../switches/table.js';
@@ -37,7 +37,7 @@ const INSTABILITIES: Record<Instability, string> = {
   'mapped-for-user-mode': 'it lies in the section that is mapped for user mode too',
 };
 
-const HANDLER_REFUSALS: Partial<Record<SeedRefusal, string>> = {
+const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'too-many-entries': 'the table has more entries than a handler has blocks',
   'jump-out-of-range': 'the slack is more than 2 GB away',
 };

@@ -1,9 +1,10 @@
 import { readFileSync, statSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
-import { SEED_MAX_ENTRIES, seedHandlerSize } from '../handlers/seed.js';
+import { affordable, type Candidate, planHandlers } from '../handlers/planner.js';
+import { MAX_ENTRIES } from '../handlers/refusal.js';
 import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
-import type { RefusalReason, SwitchSite } from '../switches/table.js';
+import type { ProvenSwitch, RefusalReason, SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
 import { reportError, toJson } from './output.js';
@@ -98,6 +99,7 @@ function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<stri
     proven: site.proven,
   };
   if (!site.proven) return { ...head, reason: site.reason };
+  const handler = handlerOf(image, site);
   return {
     ...head,
     entries: site.entries,
@@ -109,12 +111,13 @@ function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<stri
     back: hex(site.back),
     adjacent: site.adjacent,
     isBranchTarget: site.isBranchTarget,
-    ...(fitsHandler(site) && { handlerBytes: seedHandlerSize(site.entries) }),
+    ...(handler && { encoder: handler.encoder, handlerBytes: handler.layout.size }),
   };
 }
 
-function fitsHandler({ entries }: { readonly entries: number }): boolean {
-  return entries <= SEED_MAX_ENTRIES;
+/** The fastest handler, if slack were no question; `undefined` when the table has too many entries for any. */
+function handlerOf(image: PeImage, site: ProvenSwitch): Candidate | undefined {
+  return affordable(planHandlers(site, image.imageBase, 'auto'), Infinity)[0];
 }
 
 /** Reads of a table that lies elsewhere never trap: there is nothing to relocate. */
@@ -136,7 +139,7 @@ interface Summary extends Record<string, unknown> {
   readonly notInCode: number;
   /** Of proven tables. */
   readonly entries: { median: number; p90: number; p99: number; max: number } | undefined;
-  /** Of all tables that could be relocated. */
+  /** Of all tables that could be relocated; the fastest handler of each. */
   readonly handlerBytes: number;
 }
 
@@ -145,6 +148,7 @@ function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): 
   const proven = { 'one-level': 0, 'two-level': 0 };
   const refused: Partial<Record<RefusalReason, number>> = {};
   const lengths: number[] = [];
+  const handlers: (number | undefined)[] = [];
   let notInCode = 0;
   for (const site of sites) {
     if (!isInCode(image, site)) {
@@ -155,21 +159,21 @@ function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): 
     if (site.proven) {
       proven[site.form]++;
       lengths.push(site.entries);
+      handlers.push(handlerOf(image, site)?.layout.size);
     } else refused[site.reason] = (refused[site.reason] ?? 0) + 1;
   }
   lengths.sort((a, b) => a - b);
-  const fitting = lengths.filter((entries) => fitsHandler({ entries }));
   const at = (share: number) => lengths[Math.ceil(lengths.length * share) - 1]!;
   return {
     type: 'summary',
     file,
     loads,
     proven,
-    tooManyEntries: lengths.length - fitting.length,
+    tooManyEntries: handlers.filter((size) => size === undefined).length,
     refused,
     notInCode,
     entries: lengths.length === 0 ? undefined : { median: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) },
-    handlerBytes: fitting.reduce((sum, entries) => sum + seedHandlerSize(entries), 0),
+    handlerBytes: handlers.reduce<number>((sum, size) => sum + (size ?? 0), 0),
   };
 }
 
@@ -190,13 +194,17 @@ function header(path: string, image: PeImage): string {
 function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
   const listed = sites.filter((site) => isInCode(image, site));
   if (listed.length === 0) return '';
+  const handlerSize = (site: SwitchSite) => {
+    const handler = site.proven ? handlerOf(image, site) : undefined;
+    return handler === undefined ? '-' : `${handler.layout.size} B`;
+  };
   const rows = listed.map((site) => [
     hex(site.rva),
     image.sectionAt(site.rva)?.name ?? '',
     site.form ?? '',
     site.table === undefined ? '' : hex(site.table),
     site.proven ? String(site.entries) : '-',
-    site.proven && fitsHandler(site) ? `${seedHandlerSize(site.entries)} B` : '-',
+    handlerSize(site),
     site.proven ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
@@ -223,10 +231,7 @@ function summaryText(summary: Summary): string {
   const lines = [['switch tables in code', count(loads)]];
   lines.push(['  end proven', `${count(proven)}${tooManyEntries === 0 ? ': could be relocated' : ''}`]);
   if (tooManyEntries > 0) {
-    lines.push([
-      '  too large',
-      `${tooManyEntries} of these: a handler has at most ${SEED_MAX_ENTRIES} entries`,
-    ]);
+    lines.push(['  too large', `${tooManyEntries} of these: a handler has at most ${MAX_ENTRIES} entries`]);
   }
   for (const [reason, number] of Object.entries(refused)) {
     lines.push(['  refused', `${number}: ${LOAD_REFUSALS[reason as RefusalReason]}`]);

@@ -7,6 +7,7 @@ import { assertFunctionsKnown } from '../attachment/known-functions.js';
 import { MemtablesError } from '../errors.js';
 import { type GuestArtefacts, readGuestArtefacts } from '../guest/artefacts.js';
 import { predictChecksum } from '../guest/workload-model.js';
+import type { Encoder, HandlerChoice } from '../handlers/planner.js';
 import type { HostStatistics } from '../host/statistics-client.js';
 import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
 import { loadProfile } from '../nt/profile.js';
@@ -28,6 +29,7 @@ export interface DemoOptions {
   readonly seed: number;
   /** Functions to hook, as `nt!Name`; those that put most tables on trapped pages without it. */
   readonly hooks: readonly string[] | undefined;
+  readonly handler: HandlerChoice;
   /** A library with libvmi's C ABI; the bundled one without it. */
   readonly library: string | undefined;
 }
@@ -40,6 +42,8 @@ export interface DemoSummary {
   readonly hooks: number;
   readonly phases: Readonly<Record<PhaseName, Phase>>;
   readonly relocations: number;
+  /** The relocations by what laid their handlers out. */
+  readonly encoders: Readonly<Partial<Record<Encoder, number>>>;
   readonly refused: Statistics['refused'];
   /** Counted by the host. */
   readonly staleEvents: number;
@@ -108,6 +112,7 @@ async function attachAndMeasure(
     socket,
     profile: artefacts.profilePath,
     relocate: false,
+    handler: options.handler,
     signal,
     ...(options.library === undefined ? {} : { library: options.library }),
   });
@@ -176,6 +181,7 @@ async function measure(
     hooks: hooks.length,
     phases,
     relocations: engine.relocations,
+    encoders: countEncoders(relocated),
     refused: engine.refused,
     staleEvents: sum(afterUnload.violations.sites.map(({ stale }) => stale)),
     cloakedReads: engine.cloakedReads,
@@ -195,6 +201,12 @@ async function measure(
     ...(options.hooks === undefined ? speedShortcomings(phases, relocated.length) : []),
   ];
   return { summary, shortcomings: found };
+}
+
+function countEncoders(relocated: readonly Relocated[]): DemoSummary['encoders'] {
+  const counts: Partial<Record<Encoder, number>> = {};
+  for (const { encoder } of relocated) counts[encoder] = (counts[encoder] ?? 0) + 1;
+  return counts;
 }
 
 interface MeasuredPhase {

@@ -17,6 +17,8 @@ export interface TableLoad {
   readonly dstBits: 8 | 16 | 32 | 64;
   readonly idx: GprName;
   readonly base: GprName;
+  /** What `base` holds at the load; absent where that is not proven. */
+  readonly baseValue?: Gva;
   /** 32 when the instruction has a 67h prefix. */
   readonly addressBits: 32 | 64;
 }
@@ -30,8 +32,14 @@ export interface HandlerPlan {
   readonly site: Patch;
   /** Offset in the handler of the block of entry 0. */
   readonly blocks: number;
-  /** Where every block returns to: the instruction after the load. */
-  readonly back: Gva;
+}
+
+/** A handler without a place: what it takes is known before slack is taken for it. */
+export interface HandlerLayout {
+  readonly refused?: undefined;
+  /** In bytes. */
+  readonly size: number;
+  at(handler: Gva): HandlerPlan | Refused<'jump-out-of-range'>;
 }
 
 /** The answer of a planner that will not do it, with the reason as a word. */

@@ -1,70 +1,41 @@
 import type { Gva } from '../vmi/address.js';
-import { GPR_NAMES, type GprName } from '../x86/registers.js';
+import type { GprName } from '../x86/registers.js';
+import { encoding, rex, rexW, u32 } from './encoding.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
-import type { HandlerPlan, Refused, TableLoad } from './plan.js';
+import type { HandlerLayout, Refused, TableLoad } from './plan.js';
+import { type LoadRefusal, refusalOf } from './refusal.js';
 
 /** Bytes in front of the first block, for every choice of registers. */
 export const SEED_HEADER_SIZE = 47;
 /** `mov dst, imm32` and `jmp back`, for every choice of registers. */
 export const SEED_BLOCK_SIZE = 11;
-export const SEED_MAX_ENTRIES = 256;
 /** What the handler overwrites below RSP: the saved flags, the target, the saved index. */
 export const SEED_STACK_BYTES = 24;
 
-export type SeedRefusal =
-  | 'site-too-short'
-  | 'address-size-prefix'
-  | 'destination-not-32-bit'
-  | 'destination-is-rsp'
-  | 'index-is-rsp'
-  | 'base-is-rsp'
-  | 'no-entries'
-  | 'too-many-entries'
-  | 'jump-out-of-range';
-
-/** The size in bytes of the handler of a table with this many entries. */
-export function seedHandlerSize(entries: number): number {
-  return SEED_HEADER_SIZE + entries * SEED_BLOCK_SIZE;
-}
-
 /**
- * Plans the handler of `load` at `handler`: for every index k below `entries.length` it leaves the registers,
+ * Lays out the handler of `load`: for every index k below `entries.length` it leaves the registers,
  * flags and RIP that the load would have left after reading `entries[k]`.
  *
  * An index out of range leads anywhere: the caller has proven the bound. The load may be of one byte too
  * (`movzx r32, byte [...]`), with the table's bytes as entries.
  */
-export function planSeedHandler(
-  load: TableLoad,
-  entries: Uint32Array,
-  handler: Gva,
-): HandlerPlan | Refused<SeedRefusal> {
+export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout | Refused<LoadRefusal> {
   const refused = refusalOf(load, entries.length);
   if (refused !== undefined) return { refused };
-
   const back = load.gva + BigInt(load.length);
-  const site = encodeJump(load.gva, handler, load.length);
-  const blocks = encodeBlocks(load.dst, entries, handler + BigInt(SEED_HEADER_SIZE), back);
-  if (site === undefined || blocks === undefined) return { refused: 'jump-out-of-range' };
   return {
-    handler: { gva: handler, bytes: Buffer.concat([encodeHeader(load, handler), blocks]) },
-    site: { gva: load.gva, bytes: site },
-    blocks: SEED_HEADER_SIZE,
-    back,
+    size: SEED_HEADER_SIZE + entries.length * SEED_BLOCK_SIZE,
+    at(handler) {
+      const site = encodeJump(load.gva, handler, load.length);
+      const blocks = encodeBlocks(load.dst, entries, handler + BigInt(SEED_HEADER_SIZE), back);
+      if (site === undefined || blocks === undefined) return { refused: 'jump-out-of-range' };
+      return {
+        handler: { gva: handler, bytes: Buffer.concat([encodeHeader(load, handler), blocks]) },
+        site: { gva: load.gva, bytes: site },
+        blocks: SEED_HEADER_SIZE,
+      };
+    },
   };
-}
-
-function refusalOf(load: TableLoad, entries: number): SeedRefusal | undefined {
-  if (load.length < JUMP_LENGTH) return 'site-too-short';
-  if (load.addressBits !== 64) return 'address-size-prefix';
-  if (load.dstBits !== 32) return 'destination-not-32-bit';
-  if (load.dst === 'rsp') return 'destination-is-rsp';
-  if (load.idx === 'rsp') return 'index-is-rsp';
-  // A table on the stack is not a switch table.
-  if (load.base === 'rsp') return 'base-is-rsp';
-  if (entries === 0) return 'no-entries';
-  if (entries > SEED_MAX_ENTRIES) return 'too-many-entries';
-  return undefined;
 }
 
 /**
@@ -112,25 +83,5 @@ function encodeBlocks(dstName: GprName, entries: Uint32Array, first: Gva, back: 
     bytes.writeUInt32LE(entry, at + 2);
     bytes.set(jump, jumpAt);
   }
-  return bytes;
-}
-
-/** A register's number as the instruction holds it: three bits, and a fourth in the REX prefix. */
-function encoding(name: GprName): { readonly low: number; readonly high: boolean } {
-  const number = GPR_NAMES.indexOf(name);
-  return { low: number & 7, high: number >= 8 };
-}
-
-function rex(extend: { r?: boolean; b?: boolean }): number {
-  return 0x40 | (extend.r ? 4 : 0) | (extend.b ? 1 : 0);
-}
-
-function rexW(extend: { r?: boolean; b?: boolean }): number {
-  return rex(extend) | 8;
-}
-
-function u32(value: bigint): Buffer {
-  const bytes = Buffer.alloc(4);
-  bytes.writeUInt32LE(Number(BigInt.asUintN(32, value)));
   return bytes;
 }

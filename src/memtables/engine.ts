@@ -1,4 +1,5 @@
 import { CloakMap } from '../cloak/cloak-map.js';
+import type { HandlerChoice } from '../handlers/planner.js';
 import type { Journal } from '../journal/journal.js';
 import type { Kernel } from '../nt/kernel.js';
 import { FunctionTable } from '../nt/pdata.js';
@@ -20,6 +21,8 @@ import { Unloader } from './unloader.js';
 export interface EngineOptions {
   /** A load is relocated once it has trapped more often than this. */
   readonly threshold: number;
+  /** What hot loads are replaced by. */
+  readonly handler: HandlerChoice;
   /** How long `unload` waits for threads to leave our code. */
   readonly unloadSeconds: number;
   readonly report: (event: EngineEvent) => void;
@@ -67,7 +70,14 @@ export class Engine {
     );
     const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
     this.#hooks = new Hooks(hypervisor, kernel, functions, this.#slack, this.#redirections, readOriginal);
-    this.#relocator = new Relocator(kernel, functions, this.#slack, this.#redirections, readOriginal);
+    this.#relocator = new Relocator(
+      kernel,
+      functions,
+      this.#slack,
+      this.#redirections,
+      readOriginal,
+      options.handler,
+    );
     this.#unloader = new Unloader(hypervisor, kernel, this.#redirections);
     hypervisor.onViolation((violation) => this.#monitor.handle(violation), this.#monitor);
   }

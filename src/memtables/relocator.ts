@@ -1,5 +1,13 @@
 import { MemtablesError } from '../errors.js';
-import { planSeedHandler, seedHandlerSize } from '../handlers/seed.js';
+import type { HandlerPlan } from '../handlers/plan.js';
+import {
+  affordable,
+  type Candidate,
+  type HandlerChoice,
+  type HandlerPlanning,
+  passedOver,
+  planHandlers,
+} from '../handlers/planner.js';
 import type { Kernel } from '../nt/kernel.js';
 import type { FunctionTable } from '../nt/pdata.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
@@ -16,8 +24,12 @@ type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 const ENTRY_BYTES = 4;
 /** Trapped vCPUs stand still while a load is proven: no function of a kernel is larger. */
 const MOST_FUNCTION_BYTES = 64 * 1024;
-/** Operand and address sizes of what the recogniser accepts. */
-const LOAD_BITS = { dstBits: 32, addressBits: 64 } as const;
+
+interface Placed {
+  readonly candidate: Candidate;
+  readonly plan: HandlerPlan;
+  readonly slack: SlackBlock;
+}
 
 /** Replaces a hot table load by a jump to a handler that loads immediates. */
 export class Relocator {
@@ -29,6 +41,7 @@ export class Relocator {
     private readonly slack: SlackAllocator,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
+    private readonly handler: HandlerChoice,
   ) {
     this.#recogniser = new SwitchRecogniser(kernel.image, functions, MOST_FUNCTION_BYTES);
   }
@@ -51,9 +64,9 @@ export class Relocator {
     if (this.redirections.overlapping(site.rip, proof.length) !== undefined)
       return ignore(site, 'overlaps-hook');
     if (!this.#isUnchanged(proof)) return ignore(site, 'code-has-changed');
-    const slack = this.#allocate(proof.entries);
-    if (slack === undefined) return ignore(site, 'no-slack');
-    return this.#install(site, proof, slack);
+    const plans = planHandlers(proof, this.kernel.base, this.handler);
+    const placed = this.#place(plans);
+    return typeof placed === 'string' ? ignore(site, placed) : this.#install(site, proof, plans, placed);
   }
 
   #proofOf(site: Site): ProvenSwitch | string {
@@ -88,29 +101,39 @@ export class Relocator {
     });
   }
 
-  #allocate(entries: number): SlackBlock | undefined {
+  /** The fastest handler for which there is slack, with its place; otherwise the reason why there is none. */
+  #place(plans: readonly HandlerPlanning[]): Placed | string {
+    // The last encoder is the one that asks least of a load.
+    let reason: string = plans.at(-1)!.layout.refused ?? 'no-slack';
+    for (const candidate of affordable(plans, this.slack.freeBytes)) {
+      const slack = this.#allocate(candidate.layout.size);
+      if (slack === undefined) {
+        reason = 'no-slack';
+        continue;
+      }
+      const plan = candidate.layout.at(slack.gva);
+      if (plan.refused === undefined) return { candidate, plan, slack };
+      reason = plan.refused;
+      this.slack.free(slack);
+    }
+    return reason;
+  }
+
+  #allocate(size: number): SlackBlock | undefined {
     try {
-      return this.slack.allocate(seedHandlerSize(entries));
+      return this.slack.allocate(size);
     } catch (error) {
       if (error instanceof MemtablesError && error.code === 'SLACK_EXHAUSTED') return undefined;
       throw error;
     }
   }
 
-  #install(site: Site, proof: ProvenSwitch, slack: SlackBlock): Outcome {
-    const load = {
-      ...LOAD_BITS,
-      gva: site.rip,
-      length: proof.length,
-      dst: proof.destination,
-      idx: proof.index,
-      base: proof.base,
-    };
-    const plan = planSeedHandler(load, Uint32Array.from(proof.values), slack.gva);
-    if (plan.refused !== undefined) {
-      this.slack.free(slack);
-      return ignore(site, plan.refused);
-    }
+  #install(
+    site: Site,
+    proof: ProvenSwitch,
+    plans: readonly HandlerPlanning[],
+    { candidate, plan, slack }: Placed,
+  ): Outcome {
     const label = `${proof.form} load at ${hex(site.rip)}`;
     const patches = { code: plan.handler, jump: plan.site };
     site.redirection = this.redirections.install('relocation', label, patches, slack);
@@ -122,7 +145,9 @@ export class Relocator {
       form: proof.form,
       entries: proof.entries,
       handler: slack.gva,
+      encoder: candidate.encoder,
       handlerBytes: slack.size,
+      passedOver: passedOver(plans, candidate),
       hits: site.hits,
     };
   }

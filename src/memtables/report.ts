@@ -1,3 +1,4 @@
+import type { Encoder } from '../handlers/planner.js';
 import type { Gva } from '../vmi/address.js';
 
 /** What the engine tells its user while it works. */
@@ -16,7 +17,10 @@ export type EngineEvent =
       readonly form: 'one-level' | 'two-level';
       readonly entries: number;
       readonly handler: Gva;
+      readonly encoder: Encoder;
       readonly handlerBytes: number;
+      /** Why others were not taken, by the encoder and its packing; not those that are slower. */
+      readonly passedOver: Readonly<Record<string, string>>;
       readonly hits: number;
     }
   | { readonly type: 'refused'; readonly site: Gva; readonly table: Gva; readonly reason: string }

@@ -28,7 +28,7 @@ function withProfile(profile: string): string[] {
 
 describe('attach', () => {
   test('prints a line for each thing that happened, and a summary, and leaves the guest as found', async () => {
-    const command = start(host.attach(...HOOK, '--hook', 'nt!NtCreateFile', '--json'));
+    const command = start(host.attach(...HOOK, '--hook', 'nt!NtCreateFile', '--handler', 'seed', '--json'));
     await command.prints('"relocated"');
     command.kill('SIGINT');
     expect(await command.ended).toBe(0);
@@ -43,6 +43,7 @@ describe('attach', () => {
     expect(relocated[0]).toMatchObject({
       site: expect.stringMatching(/^0x[0-9a-f]{16}$/),
       handler: expect.stringMatching(/^0x[0-9a-f]{16}$/),
+      encoder: 'seed',
     });
   });
 

@@ -69,6 +69,7 @@ function summaryShape(options: { vcpus: number; seed: number; hooks: number }) {
     ...options,
     phases: { unhooked: PHASE, hooked: PHASE, relocated: PHASE },
     relocations: count,
+    encoders: expect.any(Object),
     refused: expect.any(Object),
     staleEvents: count,
     cloakedReads: expect.any(Object),
@@ -88,6 +89,8 @@ describe('the demo', () => {
     expect([await command.ended, command.stderr]).toEqual([0, expect.not.stringContaining('memtables:')]);
     const summary = summaryOf(command);
     expect(summary).toEqual(summaryShape({ vcpus: 2, seed: 20260, hooks: 6 }));
+    // Each load of the guest can have one.
+    expect(summary.encoders).toEqual({ lean: summary.relocations });
     expect(command.records.filter(({ type }) => type === 'phase').map(({ name }) => name)).toEqual([
       'unhooked',
       'hooked',
@@ -109,10 +112,13 @@ describe('the demo', () => {
       '--vcpus',
       `${vcpus}`,
       ...hook,
+      ...['--handler', 'seed'],
       '--json',
     );
     expect([await command.ended, command.stderr]).toEqual([0, expect.not.stringContaining('memtables:')]);
-    expect(summaryOf(command)).toEqual(summaryShape({ vcpus, seed: 4294967295, hooks: 1 }));
+    const summary = summaryOf(command);
+    expect(summary).toEqual(summaryShape({ vcpus, seed: 4294967295, hooks: 1 }));
+    expect(summary.encoders).toEqual({ seed: summary.relocations });
     expectNothingLeft();
   });
 
@@ -133,7 +139,7 @@ describe('the demo', () => {
       expect.stringMatching(/^hooked( +[\d,]+){6}$/),
       expect.stringMatching(/^relocated( +[\d,]+){6}$/),
     ]);
-    expect(command.stdout).toMatch(/\n1 hook hidden, \d+ table loads? relocated; left alone: /);
+    expect(command.stdout).toMatch(/\n1 hook hidden, \d+ table loads? relocated \(lean \d+\); left alone: /);
     expect(command.stdout).toMatch(
       /checksums right, [\d,]+ integrity sweeps? with 0 mismatches, identical after unload\n$/,
     );

@@ -73,7 +73,9 @@ describe('violations after a relocation', () => {
       form: 'one-level',
       entries: 4,
       handler: 0n,
+      encoder: 'seed',
       handlerBytes: 91,
+      passedOver: {},
       hits,
     };
   }

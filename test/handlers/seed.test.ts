@@ -1,12 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import type { TableLoad } from '../../src/handlers/plan.js';
-import {
-  planSeedHandler,
-  SEED_BLOCK_SIZE,
-  SEED_HEADER_SIZE,
-  SEED_MAX_ENTRIES,
-  seedHandlerSize,
-} from '../../src/handlers/seed.js';
+import { MAX_ENTRIES } from '../../src/handlers/refusal.js';
+import { SEED_BLOCK_SIZE, SEED_HEADER_SIZE, seedLayout } from '../../src/handlers/seed.js';
 import { GPR_NAMES } from '../../src/x86/registers.js';
 
 /** The example of HVMI's documentation: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
@@ -23,13 +18,17 @@ const HANDLER = 0xffff_8000_5678_0000n;
 const ENTRIES = Uint32Array.of(0x1000, 0x2000, 0x3000, 0x4000);
 
 function planned(load: Partial<TableLoad> = {}, entries = ENTRIES, handler = HANDLER) {
-  const plan = planSeedHandler({ ...LOAD, ...load }, entries, handler);
+  const layout = seedLayout({ ...LOAD, ...load }, entries);
+  if (layout.refused !== undefined) throw new Error(`refused: ${layout.refused}`);
+  const plan = layout.at(handler);
   if (plan.refused !== undefined) throw new Error(`refused: ${plan.refused}`);
+  expect(layout.size).toBe(plan.handler.bytes.length);
   return plan;
 }
 
 function refused(load: Partial<TableLoad>, entries = ENTRIES, handler = HANDLER) {
-  return planSeedHandler({ ...LOAD, ...load }, entries, handler).refused;
+  const layout = seedLayout({ ...LOAD, ...load }, entries);
+  return layout.refused ?? layout.at(handler).refused;
 }
 
 function hexBytes(bytes: Uint8Array): string {
@@ -60,7 +59,6 @@ describe('encoding', () => {
     expect(hexBytes(plan.handler.bytes)).toBe(expected.join(''));
     expect(plan.handler.gva).toBe(HANDLER);
     expect(plan.blocks).toBe(0x2f);
-    expect(plan.back).toBe(0xffff_8000_1234_0007n);
     expect(plan.site).toEqual({ gva: LOAD.gva, bytes: Buffer.from('e9fbff43449090', 'hex') });
   });
 
@@ -84,14 +82,13 @@ describe('encoding', () => {
         if (dst === 'rsp' || idx === 'rsp') continue;
         const { handler, site } = planned({ dst, idx, length: 8 });
         expect(handler.bytes.length).toBe(SEED_HEADER_SIZE + 4 * SEED_BLOCK_SIZE);
-        expect(handler.bytes.length).toBe(seedHandlerSize(4));
         expect(site.bytes.length).toBe(8);
       }
     }
   });
 
   it('takes 256 entries', () => {
-    expect(planned({}, new Uint32Array(SEED_MAX_ENTRIES)).handler.bytes.length).toBe(47 + 256 * 11);
+    expect(planned({}, new Uint32Array(MAX_ENTRIES)).handler.bytes.length).toBe(47 + 256 * 11);
   });
 });
 
@@ -113,7 +110,7 @@ describe('refusal', () => {
   });
 
   it('too-many-entries', () => {
-    expect(refused({}, new Uint32Array(SEED_MAX_ENTRIES + 1))).toBe('too-many-entries');
+    expect(refused({}, new Uint32Array(MAX_ENTRIES + 1))).toBe('too-many-entries');
   });
 
   it('a site of five bytes is long enough', () => {
@@ -124,7 +121,7 @@ describe('refusal', () => {
     const afterJump = LOAD.gva + 5n;
     const back = LOAD.gva + 7n;
     const GB2 = 2n ** 31n;
-    const lastBlockEnd = BigInt(seedHandlerSize(ENTRIES.length));
+    const lastBlockEnd = BigInt(SEED_HEADER_SIZE + ENTRIES.length * SEED_BLOCK_SIZE);
 
     it('forwards, the last block must reach back', () => {
       const furthest = back + GB2 - lastBlockEnd;

@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import type { RefusalHazard } from '../../src/guest/artefacts.js';
-import { SEED_BLOCK_SIZE, SEED_HEADER_SIZE } from '../../src/handlers/seed.js';
+import { ENCODERS } from '../../src/handlers/planner.js';
 import { processes } from '../../src/nt/processes.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { threads } from '../../src/nt/threads.js';
@@ -11,6 +11,7 @@ import { inUserMode } from '../../src/x86/registers.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 import { failingHypervisor } from '../support/failing-hypervisor.js';
 import {
+  boundariesOf,
   handlerAt,
   hookAll,
   preemptAt,
@@ -24,13 +25,6 @@ import {
 
 /** _KSWITCH_FRAME, at the saved stack pointer; the home space of a _KEXCEPTION_FRAME lies above. */
 const SWITCH_FRAME_BYTES = 0x40n;
-
-/** Where instructions of the seed's handler begin: in its header, and in any of its blocks. */
-const SEED_BOUNDARIES: readonly ((offset: number) => boolean)[] = [
-  ...[0, 1, 3, 5, 13, 21, 25, 30, 32, 34, 43, 44].map((start) => (offset: number) => offset === start),
-  (offset) => offset >= SEED_HEADER_SIZE && (offset - SEED_HEADER_SIZE) % SEED_BLOCK_SIZE === 0,
-  (offset) => offset >= SEED_HEADER_SIZE && (offset - SEED_HEADER_SIZE) % SEED_BLOCK_SIZE === 6,
-];
 
 describe('engine on the embedded guest', () => {
   test('the guest computes what it did, sees no changed byte, and is identical after unload', () => {
@@ -143,29 +137,6 @@ describe('engine on the embedded guest', () => {
     engine.unload();
   });
 
-  test('a vCPU inside a handler blocks the scan at every instruction boundary, then leaves', () => {
-    const { guest, engine, kernel, events } = relocatedGuest({ vcpus: 1 });
-    stepInto(guest, 0, (rip) => handlerAt(events, rip));
-    let boundaries = 0;
-    for (;;) {
-      const handler = handlerAt(events, guest.machine.registers(0).rip);
-      if (handler === undefined) break;
-      boundaries++;
-      const range = {
-        start: handler.handler,
-        end: handler.handler + BigInt(handler.handlerBytes),
-        owner: 'x',
-      };
-      const scan = whileQuiescent(guest.hypervisor, () => scanGuest(guest.hypervisor, kernel, [range]));
-      expect(scan.verdict).toBe('blocked');
-      stepOnce(guest, 0);
-    }
-    // The header of the seed's handler has 12 instructions, a block two.
-    expect(boundaries).toBe(14);
-    guest.startTimer();
-    engine.unload();
-  });
-
   test('unload waits for the vCPU inside a handler, restores the site at once, and then succeeds', () => {
     const { guest, before, engine, events } = relocatedGuest({ vcpus: 1 });
     const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
@@ -201,30 +172,6 @@ describe('engine on the embedded guest', () => {
     guest.startTimer();
     engine.unload();
     expect(engine.loaded).toBe(false);
-  });
-
-  test('a thread preempted at any instruction boundary of a handler blocks', () => {
-    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1 });
-    for (const boundary of SEED_BOUNDARIES) {
-      const isThere = (rip: bigint) => {
-        const handler = handlerAt(events, rip);
-        return handler !== undefined && boundary(Number(rip - handler.handler)) ? handler : undefined;
-      };
-      const handler = preemptAt(guest, kernel, 0, isThere);
-      const range = {
-        start: handler.handler,
-        end: handler.handler + BigInt(handler.handlerBytes),
-        owner: 'x',
-      };
-      const { findings } = whileQuiescent(guest.hypervisor, () =>
-        scanGuest(guest.hypervisor, kernel, [range]),
-      );
-      expect(findings.some(({ isRip, thread }) => isRip && thread !== undefined)).toBe(true);
-    }
-    guest.startTimer();
-    engine.unload();
-    expect(guest.image()).toBe(before);
-    expect(guest.wrongStreams()).toEqual([]);
   });
 
   test('a thread preempted inside a handler blocks unload until it has run on', () => {
@@ -296,21 +243,6 @@ describe('engine on the embedded guest', () => {
     });
   });
 
-  test('disable restores the sites and leaves the handlers: a vCPU inside one finishes normally', () => {
-    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1 });
-    const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
-    engine.disable();
-    const rva = Number(inside.site - kernel.base);
-    expect(Buffer.from(kernel.memory.read(inside.site, 7))).toEqual(Buffer.from(kernel.image.read(rva, 7)));
-    let steps = 0;
-    for (; handlerAt(events, guest.machine.registers(0).rip) !== undefined; steps++) stepOnce(guest, 0);
-    expect(steps).toBe(14);
-    guest.startTimer();
-    engine.unload();
-    expect(guest.wrongStreams()).toEqual([]);
-    expect(guest.image()).toBe(before);
-  });
-
   test('an event that was under way when its site was relocated completes with the old load', () => {
     const guest = EmbeddedGuest.boot({ vcpus: 2, seed: 5 });
     const { engine, kernel, events } = guest.attach({ threshold: 1 });
@@ -356,6 +288,75 @@ describe('engine on the embedded guest', () => {
     expect(found).toBe(true);
     const { engine } = guest.attach();
     expect(engine.unload()).toMatchObject({ scans: 1, blocked: 0 });
+  });
+});
+
+describe.each(ENCODERS)('a %s handler', (handler) => {
+  test('a vCPU inside it blocks the scan at every instruction boundary, then leaves', () => {
+    const { guest, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
+    const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
+    const range = { start: inside.handler, end: inside.handler + BigInt(inside.handlerBytes), owner: 'x' };
+    const boundaries = boundariesOf(kernel, inside);
+    const visited: (string | undefined)[] = [];
+    for (;;) {
+      const { rip } = guest.machine.registers(0);
+      if (handlerAt(events, rip) !== inside) break;
+      visited.push(boundaries.get(Number(rip - inside.handler)));
+      const scan = whileQuiescent(guest.hypervisor, () => scanGuest(guest.hypervisor, kernel, [range]));
+      expect(scan.verdict).toBe('blocked');
+      stepOnce(guest, 0);
+    }
+    expect(visited).toEqual([...new Set(boundaries.values())]);
+    guest.startTimer();
+    engine.unload();
+  });
+
+  test('a thread preempted at any instruction boundary blocks', () => {
+    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
+    const places = new Map(relocations(events).map((each) => [each, boundariesOf(kernel, each)]));
+    for (const boundary of new Set([...places.values()].flatMap((names) => [...names.values()]))) {
+      const there = preemptAt(guest, kernel, 0, (rip) => {
+        const inside = handlerAt(events, rip);
+        return inside && places.get(inside)!.get(Number(rip - inside.handler)) === boundary
+          ? inside
+          : undefined;
+      });
+      const range = { start: there.handler, end: there.handler + BigInt(there.handlerBytes), owner: 'x' };
+      const { findings } = whileQuiescent(guest.hypervisor, () =>
+        scanGuest(guest.hypervisor, kernel, [range]),
+      );
+      expect(findings.some(({ isRip, thread }) => isRip && thread !== undefined)).toBe(true);
+    }
+    guest.startTimer();
+    engine.unload();
+    expect(guest.image()).toBe(before);
+    expect(guest.wrongStreams()).toEqual([]);
+  });
+
+  test('disable restores the sites and leaves the handlers: a vCPU inside one finishes normally', () => {
+    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
+    const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
+    engine.disable();
+    const rva = Number(inside.site - kernel.base);
+    expect(Buffer.from(kernel.memory.read(inside.site, 7))).toEqual(Buffer.from(kernel.image.read(rva, 7)));
+    let steps = 0;
+    for (; handlerAt(events, guest.machine.registers(0).rip) !== undefined; steps++) stepOnce(guest, 0);
+    expect(steps).toBe(new Set(boundariesOf(kernel, inside).values()).size);
+    guest.startTimer();
+    engine.unload();
+    expect(guest.wrongStreams()).toEqual([]);
+    expect(guest.image()).toBe(before);
+  });
+
+  test('what it was used for is said, and why no faster one was', () => {
+    const { engine, events } = relocatedGuest({ vcpus: 1, handler });
+    expect(new Set(relocations(events).map(({ encoder }) => encoder))).toEqual(new Set([handler]));
+    for (const { passedOver } of relocations(events)) {
+      for (const [name, reason] of Object.entries(passedOver)) {
+        expect([name.split('-')[0], reason]).toEqual([handler, expect.any(String)]);
+      }
+    }
+    engine.unload();
   });
 });
 

@@ -1,9 +1,11 @@
+import type { HandlerChoice } from '../../src/handlers/planner.js';
 import type { Engine } from '../../src/memtables/engine.js';
 import type { EngineEvent } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { findProcessor } from '../../src/nt/processors.js';
 import { scanGuest } from '../../src/safety/scan.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
+import { Disassembler, FlowControl, Mnemonic } from '../../src/x86/instruction.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
@@ -45,11 +47,14 @@ export function hookAll(guest: EmbeddedGuest, engine: Engine): void {
 }
 
 /** A guest with every default hook and ten relocated loads; from now on it only runs as it is stepped. */
-export function relocatedGuest(options: { vcpus?: number; seed?: number; unloadSeconds?: number } = {}) {
+export function relocatedGuest(
+  options: { vcpus?: number; seed?: number; unloadSeconds?: number; handler?: HandlerChoice } = {},
+) {
   const guest = EmbeddedGuest.boot(options);
   const before = guest.image();
   const attached = guest.attach({
     threshold: 2,
+    ...(options.handler === undefined ? {} : { handler: options.handler }),
     ...(options.unloadSeconds === undefined ? {} : { unloadSeconds: options.unloadSeconds }),
   });
   hookAll(guest, attached.engine);
@@ -65,6 +70,25 @@ export function handlerAt(events: readonly EngineEvent[], rip: bigint): Relocate
   return relocations(events).find(
     ({ handler, handlerBytes }) => rip >= handler && rip < handler + BigInt(handlerBytes),
   );
+}
+
+/**
+ * The instructions of a handler by their offset: each of its header's has a name of its own, those of its blocks are
+ * named alike.
+ */
+export function boundariesOf(kernel: Kernel, { handler, handlerBytes }: Relocated): Map<number, string> {
+  const boundaries = new Map<number, string>();
+  const code = new Disassembler(kernel.memory.read(handler, handlerBytes), handler);
+  let inHeader = true;
+  for (let at = 0; at < handlerBytes; ) {
+    const { mnemonic, length, flow } = code.at(at)!;
+    if (mnemonic !== Mnemonic.Int3)
+      boundaries.set(at, inHeader ? `header ${boundaries.size}` : `block ${Mnemonic[mnemonic]} ${length}`);
+    if (flow === FlowControl.IndirectBranch) inHeader = false;
+    at += length;
+  }
+  code.free();
+  return boundaries;
 }
 
 /** Runs one instruction, answering what it traps. */

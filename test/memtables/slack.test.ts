@@ -21,6 +21,13 @@ test('loads that find no slack stay where they are, with the reason; the others 
   engine.relocating = true;
   serve(guest.hypervisor, engine, () => (engine.statistics().refused['no-slack'] ?? 0) > 10);
   expect(relocations(events).length).toBeGreaterThan(0);
+  // Of what is left, no load takes more than it needs.
+  for (const { encoder, passedOver } of relocations(events)) {
+    expect([encoder, passedOver]).toEqual([
+      'lean',
+      expect.objectContaining({ 'lean-roomy': 'too-little-slack' }),
+    ]);
+  }
   expect(engine.statistics().slack.free).toBeLessThan(700);
   engine.unload();
   expect(guest.wrongStreams()).toEqual([]);

@@ -6,6 +6,7 @@ import { type GuestArtefacts, readGuestArtefacts } from '../../src/guest/artefac
 import { type LoadedGuest, loadGuest } from '../../src/guest/loader.js';
 import { type GuestReport, readGuestReport } from '../../src/guest/report.js';
 import { predictChecksum } from '../../src/guest/workload-model.js';
+import type { HandlerChoice } from '../../src/handlers/planner.js';
 import { snapshotImage } from '../../src/host/image-snapshot.js';
 import { Journal } from '../../src/journal/journal.js';
 import { createMachine } from '../../src/machine/create-machine.js';
@@ -139,8 +140,15 @@ export class EmbeddedGuest {
   }
 
   /** An engine on this guest, with what it reports. */
-  attach(options: { hypervisor?: Hypervisor; threshold?: number; unloadSeconds?: number } = {}) {
-    const { hypervisor = this.hypervisor, threshold = 50, unloadSeconds = 20 } = options;
+  attach(
+    options: {
+      hypervisor?: Hypervisor;
+      threshold?: number;
+      handler?: HandlerChoice;
+      unloadSeconds?: number;
+    } = {},
+  ) {
+    const { hypervisor = this.hypervisor, threshold = 50, handler = 'auto', unloadSeconds = 20 } = options;
     const directory = mkdtempSync(join(tmpdir(), 'engine-'));
     onTestFinished(() => rmSync(directory, { recursive: true }));
     const kernel = this.discover(hypervisor);
@@ -152,6 +160,7 @@ export class EmbeddedGuest {
     const events: EngineEvent[] = [];
     const engine = new Engine(hypervisor, kernel, journal, {
       threshold,
+      handler,
       unloadSeconds,
       report: (event) => events.push(event),
     });

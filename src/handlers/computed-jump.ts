@@ -1,0 +1,70 @@
+import type { Gva } from '../vmi/address.js';
+import type { GprName } from '../x86/registers.js';
+import { jumpTo, LEA_RELATIVE_LENGTH, leaIndexed, leaRelative, type Scale } from './encoding.js';
+import { rel32 } from './jump.js';
+import type { TableLoad } from './plan.js';
+
+/** How far apart two blocks are. */
+export type Stride = 8 | 10 | 11 | 12 | 16;
+
+/** Code that jumps to block number idx; its length is known before its place is. */
+export interface ComputedJump {
+  readonly length: number;
+  /** The code at `at`, with block 0 at `blocks`; `undefined` when something is more than 2 GB away. */
+  encode(at: Gva, blocks: Gva): Buffer | undefined;
+}
+
+/** A multiple of idx, as the sum of what one LEA each can add. */
+const SUMMANDS: Readonly<Record<Stride, readonly Scale[]>> = {
+  8: [8],
+  10: [8, 2],
+  11: [8, 2, 1],
+  12: [8, 4],
+  16: [8, 8],
+};
+
+/** A multiple of idx as (1 + `first`) * `second`, or as one factor. */
+const FACTORS: Readonly<Record<Exclude<Stride, 11>, readonly [...Scale[], Scale]>> = {
+  8: [8],
+  10: [4, 2],
+  12: [2, 4],
+  16: [1, 8],
+};
+
+/**
+ * Computes in dst, with LEA alone, so that no flag, no memory and no other register changes.
+ *
+ * Where dst is idx, the address is computed on top of what base holds; `undefined` when that is not proven, is no
+ * register of its own, or the stride is 11.
+ */
+export function computedJump(load: TableLoad, stride: Stride): ComputedJump | undefined {
+  return load.dst === load.idx ? fromBase(load, stride) : fromRip(load.dst, load.idx, stride);
+}
+
+/** `lea dst, [rip + blocks]`; `lea dst, [dst + idx*scale]` for each summand; `jmp dst` */
+function fromRip(dst: GprName, idx: GprName, stride: Stride): ComputedJump {
+  const rest = [...SUMMANDS[stride].flatMap((scale) => leaIndexed(dst, dst, idx, scale)), ...jumpTo(dst)];
+  return {
+    length: LEA_RELATIVE_LENGTH + rest.length,
+    encode(at, blocks) {
+      const first = leaRelative(dst, at, blocks);
+      return first && Buffer.from([...first, ...rest]);
+    },
+  };
+}
+
+/** `lea dst, [dst + dst*scale]` for a first factor; `lea dst, [base + dst*scale + (blocks - base)]`; `jmp dst` */
+function fromBase({ dst, base, baseValue }: TableLoad, stride: Stride): ComputedJump | undefined {
+  if (baseValue === undefined || base === dst || stride === 11) return undefined;
+  const factors = FACTORS[stride];
+  const first = factors.slice(0, -1).flatMap((scale) => leaIndexed(dst, dst, dst, scale));
+  const code = (displacement: number) =>
+    Buffer.from([...first, ...leaIndexed(dst, base, dst, factors.at(-1)!, displacement), ...jumpTo(dst)]);
+  return {
+    length: code(0).length,
+    encode(_, blocks) {
+      const displacement = rel32(baseValue, blocks);
+      return displacement === undefined ? undefined : code(displacement);
+    },
+  };
+}

@@ -1,0 +1,79 @@
+import type { Gva } from '../vmi/address.js';
+import { GPR_NAMES, type GprName } from '../x86/registers.js';
+import { rel32 } from './jump.js';
+
+/** Never executed: between blocks that are shorter than their stride. */
+export const INT3 = 0xcc;
+
+const LEA = 0x8d;
+const MOV_IMM32 = 0xb8;
+/** In place of a base: nothing but the displacement, relative to the next instruction. */
+const RM_RIP = 5;
+/** A SIB byte follows. */
+const RM_SIB = 4;
+/** As a base without a displacement it means something else. */
+const LOW_BITS_OF_RBP = 5;
+
+/** A register's number as the instruction holds it: three bits, and a fourth in the REX prefix. */
+export function encoding(name: GprName): { readonly low: number; readonly high: boolean } {
+  const number = GPR_NAMES.indexOf(name);
+  return { low: number & 7, high: number >= 8 };
+}
+
+export function rex(extend: { r?: boolean; x?: boolean; b?: boolean }): number {
+  return 0x40 | (extend.r ? 4 : 0) | (extend.x ? 2 : 0) | (extend.b ? 1 : 0);
+}
+
+export function rexW(extend: { r?: boolean; x?: boolean; b?: boolean }): number {
+  return rex(extend) | 8;
+}
+
+export function u32(value: bigint): Buffer {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32LE(Number(BigInt.asUintN(32, value)));
+  return bytes;
+}
+
+export type Scale = 1 | 2 | 4 | 8;
+
+/** `lea dst, [base + idx*scale]`, with a displacement of 32 bits where one is given. */
+export function leaIndexed(
+  dst: GprName,
+  base: GprName,
+  idx: GprName,
+  scale: Scale,
+  displacement?: number,
+): number[] {
+  const [d, b, x] = [encoding(dst), encoding(base), encoding(idx)];
+  const sib = (Math.log2(scale) << 6) | (x.low << 3) | b.low;
+  const head = (mod: number) => [
+    rexW({ r: d.high, x: x.high, b: b.high }),
+    LEA,
+    (mod << 6) | (d.low << 3) | RM_SIB,
+    sib,
+  ];
+  if (displacement !== undefined) return [...head(2), ...u32(BigInt(displacement))];
+  return b.low === LOW_BITS_OF_RBP ? [...head(1), 0] : head(0);
+}
+
+export const LEA_RELATIVE_LENGTH = 7;
+
+/** `lea dst, [rip + ...]` at `at`; `undefined` when `target` is more than 2 GB away. */
+export function leaRelative(dst: GprName, at: Gva, target: Gva): number[] | undefined {
+  const displacement = rel32(at + BigInt(LEA_RELATIVE_LENGTH), target);
+  if (displacement === undefined) return undefined;
+  const { low, high } = encoding(dst);
+  return [rexW({ r: high }), LEA, (low << 3) | RM_RIP, ...u32(BigInt(displacement))];
+}
+
+/** `jmp reg` */
+export function jumpTo(register: GprName): number[] {
+  const { low, high } = encoding(register);
+  return [...(high ? [rex({ b: true })] : []), 0xff, 0xe0 | low];
+}
+
+/** `mov r32, imm32`: 5 bytes, 6 for r8 to r15. */
+export function movImmediate(register: GprName, value: number): number[] {
+  const { low, high } = encoding(register);
+  return [...(high ? [rex({ b: true })] : []), MOV_IMM32 | low, ...u32(BigInt(value))];
+}

@@ -1,0 +1,92 @@
+import type { ProvenSwitch } from '../switches/table.js';
+import type { Gva } from '../vmi/address.js';
+import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
+import type { HandlerLayout, Refused, TableLoad } from './plan.js';
+import { seedLayout } from './seed.js';
+
+/** What lays a handler out. */
+export const ENCODERS = ['seed', 'lean'] as const;
+export type Encoder = (typeof ENCODERS)[number];
+
+/** Which encoders may be used; `auto`: all of them, the fastest first. */
+export const HANDLER_CHOICES = ['auto', ...ENCODERS] as const;
+export type HandlerChoice = (typeof HANDLER_CHOICES)[number];
+
+export type HandlerRefusal = LeanRefusal | 'jump-out-of-range';
+
+/** Room for a generous handler: this many of its size would have to fit into what slack is left. */
+const SPARE_HANDLERS = 32;
+
+/** Operand and address sizes of what the recogniser accepts. */
+const ACCEPTED_BITS = { dstBits: 32, addressBits: 64 } as const;
+
+/** What an encoder says to a load. */
+export interface HandlerPlanning {
+  readonly encoder: Encoder;
+  /** The encoder, and how it packs. */
+  readonly name: string;
+  readonly layout: HandlerLayout | Refused<HandlerRefusal>;
+}
+
+/** A handler that a load can be replaced by. */
+export interface Candidate extends HandlerPlanning {
+  readonly layout: HandlerLayout;
+}
+
+/**
+ * What each encoder that may be used says to the load of `proof`, in an image at `imageBase`; those with the fastest
+ * handlers first.
+ */
+export function planHandlers(
+  proof: ProvenSwitch,
+  imageBase: Gva,
+  choice: HandlerChoice,
+): readonly HandlerPlanning[] {
+  const load = loadOf(proof, imageBase);
+  const entries = Uint32Array.from(proof.values);
+  const lean = (packing: LeanPacking): HandlerPlanning => ({
+    encoder: 'lean',
+    name: `lean-${packing}`,
+    layout: leanLayout(load, entries, packing),
+  });
+  const all: HandlerPlanning[] = [
+    ...LEAN_PACKINGS.map(lean),
+    { encoder: 'seed', name: 'seed', layout: seedLayout(load, entries) },
+  ];
+  return all.filter(({ encoder }) => choice === 'auto' || choice === encoder);
+}
+
+/**
+ * The handlers that `freeSlack` bytes allow, in the same order: a fast but large one must not use up what other loads
+ * will need. The smallest is always allowed.
+ */
+export function affordable(plans: readonly HandlerPlanning[], freeSlack: number): Candidate[] {
+  const candidates = plans.filter(isCandidate);
+  const smallest = Math.min(...candidates.map(({ layout }) => layout.size));
+  return candidates.filter(({ layout: { size } }) => size === smallest || size * SPARE_HANDLERS <= freeSlack);
+}
+
+/** Why no handler faster than `taken` was taken, by name. */
+export function passedOver(
+  plans: readonly HandlerPlanning[],
+  taken: Candidate,
+): Record<string, HandlerRefusal | 'too-little-slack'> {
+  const faster = plans.slice(0, plans.indexOf(taken));
+  return Object.fromEntries(faster.map(({ name, layout }) => [name, layout.refused ?? 'too-little-slack']));
+}
+
+function isCandidate(plan: HandlerPlanning): plan is Candidate {
+  return plan.layout.refused === undefined;
+}
+
+function loadOf({ rva, length, destination, index, base }: ProvenSwitch, imageBase: Gva): TableLoad {
+  return {
+    gva: imageBase + BigInt(rva),
+    length,
+    dst: destination,
+    idx: index,
+    base,
+    baseValue: imageBase,
+    ...ACCEPTED_BITS,
+  };
+}

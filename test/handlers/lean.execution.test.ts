@@ -1,0 +1,76 @@
+import fc from 'fast-check';
+import { afterAll, describe, expect, it } from 'vitest';
+import { LEAN_PACKINGS, leanLayout } from '../../src/handlers/lean.js';
+import {
+  anyCase,
+  type Case,
+  everyChoice,
+  everyIndex,
+  everyPair,
+  expectNoDifference,
+  HandlerRuns,
+  overwriteBelowStack,
+} from './execution.js';
+
+const BLOCK_INSTRUCTIONS = { roomy: 2, dense: 2, tight: 3 };
+/** Beyond, no short jump reaches. */
+const MOST_ENTRIES = { roomy: 256, dense: 256, tight: 31 };
+
+/** The only choice that leaves no register for an address. */
+const isPossible = ({ dst, idx, base }: Case) => dst !== idx || dst !== base;
+
+describe.each(LEAN_PACKINGS)('the %s lean handler', (packing) => {
+  const runs = new HandlerRuns(
+    (load, entries) => leanLayout(load, entries, packing),
+    BLOCK_INSTRUCTIONS[packing],
+  );
+  afterAll(() => runs.close());
+  const fits = ({ entries }: Case) => entries.length <= MOST_ENTRIES[packing];
+
+  describe('does what the load did: registers, flags, RIP, and no byte of memory changed,', () => {
+    it('for every choice of dst, idx and base', () => {
+      const cases = [...everyChoice()];
+      expectNoDifference(cases.filter(isPossible), runs.compare);
+      expect(cases.filter((test) => !isPossible(test)).length).toBe(15);
+    });
+
+    it('for every dst and idx, and every index of tables of each kind of size', () => {
+      const sizes = [1, 2, 16, 17, 31].filter((size) => size <= MOST_ENTRIES[packing]);
+      expectNoDifference(everyIndex(sizes, everyPair), runs.compare);
+    });
+
+    it('for every index of large tables', () => {
+      const pairs = [
+        ['rcx', 'rax'],
+        ['rax', 'rax'],
+        ['rbp', 'rbp'],
+        ['r12', 'r13'],
+        ['r13', 'r13'],
+        ['r9', 'rdx'],
+      ] as const;
+      expectNoDifference([...everyIndex([32, 256], pairs)].filter(fits), runs.compare);
+    });
+
+    it('for any registers, flags, stack, displacement and entries', () => {
+      fc.assert(
+        fc.property(
+          anyCase.filter((test) => isPossible(test) && fits(test)),
+          (test) => expectNoDifference([test], runs.compare),
+        ),
+        { numRuns: 500 },
+      );
+    });
+  });
+
+  describe('at any instruction boundary', () => {
+    it('takes no harm when all below RSP is overwritten', () => {
+      expectNoDifference(everyIndex([3], everyPair), (test) =>
+        runs.compareInterrupted(test, overwriteBelowStack),
+      );
+    });
+
+    it('takes no harm of a real interrupt frame pushed and returned from', () => {
+      expectNoDifference(everyIndex([3], everyPair), (test) => runs.compareWithRealInterrupts(test));
+    });
+  });
+});

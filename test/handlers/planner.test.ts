@@ -1,0 +1,74 @@
+import { describe, expect, it } from 'vitest';
+import { affordable, type HandlerChoice, passedOver, planHandlers } from '../../src/handlers/planner.js';
+import type { ProvenSwitch } from '../../src/switches/table.js';
+
+const IMAGE_BASE = 0xffff_f800_0000_0000n;
+
+/** `mov ecx, [rdx+rax*4+table]`, with this many entries. */
+function proof(entries: number): ProvenSwitch {
+  const part = (rva: number, length: number) => ({ rva, length, isBranchTarget: false });
+  return {
+    proven: true,
+    form: 'one-level',
+    ...part(0x1000, 7),
+    table: 0x2000,
+    entries,
+    values: Array.from({ length: entries }, (_, k) => 0x3000 + 8 * k),
+    destination: 'rcx',
+    base: 'rdx',
+    index: 'rax',
+    baseIsImageBase: true,
+    byteTable: undefined,
+    back: 0x1007,
+    add: part(0x1007, 3),
+    jmp: { ...part(0x100a, 2), retpoline: false },
+    adjacent: true,
+  };
+}
+
+const plan = (entries: number, choice: HandlerChoice = 'auto') =>
+  planHandlers(proof(entries), IMAGE_BASE, choice);
+const names = (plans: readonly { readonly name: string }[]) => plans.map(({ name }) => name);
+
+describe('the handlers of a load', () => {
+  it('come with their bytes, the fastest first', () => {
+    const sizes = plan(16).map(({ name, layout }) => [name, layout.refused ?? layout.size]);
+    expect(sizes).toEqual([
+      ['lean-roomy', 17 + 15 * 16 + 10],
+      ['lean-dense', 17 + 16 * 10],
+      ['lean-tight', 13 + 16 * 8 + 5],
+      ['seed', 47 + 16 * 11],
+    ]);
+  });
+
+  it('are those of one encoder, when that is wished', () => {
+    expect(names(plan(16, 'seed'))).toEqual(['seed']);
+    expect(names(plan(16, 'lean'))).toEqual(['lean-roomy', 'lean-dense', 'lean-tight']);
+  });
+
+  it('a refusal keeps its reason, and stands in no way of the others', () => {
+    const plans = plan(32);
+    expect(plans.find(({ name }) => name === 'lean-tight')?.layout.refused).toBe(
+      'too-many-entries-for-short-jumps',
+    );
+    expect(names(affordable(plans, Infinity))).toEqual(['lean-roomy', 'lean-dense', 'seed']);
+    expect(affordable(plan(257), Infinity)).toEqual([]);
+  });
+});
+
+describe('little slack', () => {
+  it('leaves only the smaller handlers, the smallest in any case', () => {
+    const plans = plan(16);
+    expect(names(affordable(plans, 267 * 32))[0]).toBe('lean-roomy');
+    expect(names(affordable(plans, 267 * 32 - 1))[0]).toBe('lean-dense');
+    expect(names(affordable(plans, 177 * 32 - 1))[0]).toBe('lean-tight');
+    expect(names(affordable(plans, 0))).toEqual(['lean-tight']);
+  });
+
+  it('is the reason why a faster one was passed over; slower ones are not mentioned', () => {
+    const plans = plan(32);
+    const [taken] = affordable(plans, 0);
+    expect(taken!.name).toBe('lean-dense');
+    expect(passedOver(plans, taken!)).toEqual({ 'lean-roomy': 'too-little-slack' });
+  });
+});
