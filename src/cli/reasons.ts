@@ -40,6 +40,9 @@ const INSTABILITIES: Record<Instability, string> = {
 const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'too-many-entries': 'the table has more entries than a handler has blocks',
   'jump-out-of-range': 'the slack is more than 2 GB away',
+  'not-adjacent': 'with `--handler fused`: other code stands between the load and the jump',
+  'branch-target': 'with `--handler fused`: something branches to code between the load and the jump',
+  retpoline: 'with `--handler fused`: the kernel has replaced the jump by one that does not speculate',
 };
 
 /** Why a load is left alone in a running guest, besides `LOAD_REFUSALS`. */

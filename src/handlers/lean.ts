@@ -89,7 +89,11 @@ function tightLayout(load: TableLoad, jump: ComputedJump, codes: readonly number
         bytes.writeUInt8(JMP_REL8, jumpAt);
         bytes.writeInt8((reachesRear ? rear : jump.length) - (jumpAt + SHORT_JUMP_LENGTH), jumpAt + 1);
       }
-      return { handler: { gva: handler, bytes }, site: { gva: load.gva, bytes: site }, blocks };
+      return {
+        handler: { gva: handler, bytes },
+        site: { gva: load.gva, bytes: site },
+        blocks,
+      };
     },
   };
 }

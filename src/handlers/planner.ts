@@ -1,18 +1,28 @@
 import type { ProvenSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
+import { type Dispatch, type FusedRefusal, fusedLayout } from './fused.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { seedLayout } from './seed.js';
 
 /** What lays a handler out. */
-export const ENCODERS = ['seed', 'lean'] as const;
+export const ENCODERS = ['seed', 'lean', 'fused'] as const;
 export type Encoder = (typeof ENCODERS)[number];
 
 /** Which encoders may be used; `auto`: all of them, the fastest first. */
 export const HANDLER_CHOICES = ['auto', ...ENCODERS] as const;
 export type HandlerChoice = (typeof HANDLER_CHOICES)[number];
 
-export type HandlerRefusal = LeanRefusal | 'jump-out-of-range';
+/** Why the rest of a switch cannot be done by the load's handler. */
+type DispatchRefusal =
+  /** Load, `add` and `jmp` do not stand together. */
+  | 'not-adjacent'
+  /** Something branches to the `add` or the `jmp`, and expects the table's entry in its register. */
+  | 'branch-target'
+  /** The kernel has replaced the `jmp`; it does not want one. */
+  | 'retpoline';
+
+export type HandlerRefusal = LeanRefusal | FusedRefusal | DispatchRefusal | 'jump-out-of-range';
 
 /** Room for a generous handler: this many of its size would have to fit into what slack is left. */
 const SPARE_HANDLERS = 32;
@@ -49,7 +59,13 @@ export function planHandlers(
     name: `lean-${packing}`,
     layout: leanLayout(load, entries, packing),
   });
+  const dispatch = dispatchOf(proof, imageBase);
   const all: HandlerPlanning[] = [
+    {
+      encoder: 'fused',
+      name: 'fused',
+      layout: 'refused' in dispatch ? dispatch : fusedLayout(load, dispatch, entries),
+    },
     ...LEAN_PACKINGS.map(lean),
     { encoder: 'seed', name: 'seed', layout: seedLayout(load, entries) },
   ];
@@ -89,4 +105,14 @@ function loadOf({ rva, length, destination, index, base }: ProvenSwitch, imageBa
     baseValue: imageBase,
     ...ACCEPTED_BITS,
   };
+}
+
+function dispatchOf(
+  { add, jmp, adjacent }: ProvenSwitch,
+  imageBase: Gva,
+): Dispatch | Refused<DispatchRefusal> {
+  if (!adjacent) return { refused: 'not-adjacent' };
+  if (add.isBranchTarget || jmp.isBranchTarget) return { refused: 'branch-target' };
+  if (jmp.retpoline) return { refused: 'retpoline' };
+  return { add: add.bytes, imageBase };
 }

@@ -71,7 +71,7 @@ export interface ProvenSwitch extends SwitchPart {
   readonly byteTable: ByteTable | undefined;
   /** The instruction after the load. */
   readonly back: number;
-  readonly add: SwitchPart;
+  readonly add: SwitchPart & { readonly bytes: Uint8Array };
   readonly jmp: SwitchPart & {
     /** A kernel with retpolines has replaced the jump by one to a thunk. */
     readonly retpoline: boolean;
@@ -173,7 +173,7 @@ export class SwitchRecogniser {
         index: byteLoad.index,
       },
       back,
-      add: part(add),
+      add: { ...part(add), bytes: add.bytes },
       jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
       adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
     };

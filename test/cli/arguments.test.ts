@@ -17,7 +17,7 @@ describe('an argument that cannot be is said on stderr, before anything is done:
     { args: ['demo', '--seconds', '0'], says: 'Expected a number of seconds' },
     { args: ['demo', '--seconds', '1e9'], says: 'Expected a number of seconds' },
     { args: ['demo', '--seed', '4294967296'], says: 'from 0 to 4294967295' },
-    { args: ['demo', '--handler', 'fast'], says: 'Allowed choices are auto, seed, lean' },
+    { args: ['demo', '--handler', 'fast'], says: 'Allowed choices are auto, seed, lean, fused' },
     { args: ['demo', '--hook', 'NtCreateFile'], says: 'Write nt!Name' },
     { args: ['demo', '--hook', 'nt!'], says: 'Write nt!Name' },
     { args: ['host'], says: "required option '--socket <path>' not specified" },

@@ -1,6 +1,7 @@
 // Runs the handler of a load, and the load itself, from the same state.
 import fc from 'fast-check';
 import { expect } from 'vitest';
+import type { Dispatch } from '../../src/handlers/fused.js';
 import type { HandlerLayout, HandlerPlan, Refused, TableLoad } from '../../src/handlers/plan.js';
 import type { Gva } from '../../src/vmi/address.js';
 import { Disassembler, FlowControl } from '../../src/x86/instruction.js';
@@ -20,6 +21,8 @@ const STACK_SIZE = 0x1000n;
 const ISR = 0x7000n;
 
 const ISR_VECTOR = 0x41;
+/** How far from the table the cases lie. */
+const CASES_SIZE = 0x10_0000;
 
 const USABLE = GPR_NAMES.filter((name) => name !== 'rsp');
 
@@ -65,12 +68,27 @@ function encodeLoad({ dst, idx, base }: Pick<Case, 'dst' | 'idx' | 'base'>, disp
 export interface Prepared {
   readonly test: Case;
   readonly arena: Arena;
-  readonly load: Buffer;
+  /** What the handler takes the place of. */
+  readonly original: Buffer;
   readonly plan: HandlerPlan;
   readonly state: CpuState;
 }
 
-export type LayOut = (load: TableLoad, entries: Uint32Array) => HandlerLayout | Refused<string>;
+export type LayOut = (
+  load: TableLoad,
+  entries: Uint32Array,
+  dispatch: Dispatch,
+) => HandlerLayout | Refused<string>;
+
+export interface Form {
+  readonly layOut: LayOut;
+  /** How many instructions of a block are executed. */
+  readonly blockInstructions: number;
+  /** The handler does not return behind the load, but goes where the `add` and the `jmp` behind it would have gone. */
+  readonly toCase?: boolean;
+  /** What the handler may leave in the arena, given what was there; without it, no change at all. */
+  memoryAfter?(before: Buffer, prepared: Prepared): Buffer;
+}
 
 /** One kind of handler, on a machine of its own. */
 export class HandlerRuns {
@@ -79,16 +97,7 @@ export class HandlerRuns {
   /** The same memory below 2 GB, where a load whose base is its index too can reach the table. */
   readonly #lowArena = new Arena(this.#machine, ARENA_GPA, ARENA_SIZE, 0n);
 
-  /**
-   * @param layOut lays the handler out
-   * @param blockInstructions how many instructions of a block are executed
-   * @param memoryAfter what the handler may leave in the arena, given what was there
-   */
-  constructor(
-    private readonly layOut: LayOut,
-    private readonly blockInstructions: number,
-    private readonly memoryAfter: (before: Buffer, prepared: Prepared) => Buffer = (before) => before,
-  ) {}
+  constructor(private readonly form: Form) {}
 
   close(): void {
     this.#machine.close();
@@ -104,7 +113,8 @@ export class HandlerRuns {
     arena.enter(state);
     arena.step(this.instructionsOf(plan));
     const wrong = differences(original.after, arena.state());
-    if (!arena.memory().equals(this.memoryAfter(before, prepared))) wrong.push('memory');
+    const expected = this.form.memoryAfter?.(before, prepared) ?? before;
+    if (!arena.memory().equals(expected)) wrong.push('memory');
     return wrong;
   };
 
@@ -161,7 +171,7 @@ export class HandlerRuns {
       let count = 1;
       for (let at = 0; ; count++) {
         const instruction = code.at(at)!;
-        if (instruction.flow === FlowControl.IndirectBranch) return 1 + count + this.blockInstructions;
+        if (instruction.flow === FlowControl.IndirectBranch) return 1 + count + this.form.blockInstructions;
         at += instruction.length;
       }
     } finally {
@@ -170,22 +180,31 @@ export class HandlerRuns {
   }
 
   prepare(test: Case): Prepared {
-    const { dst, idx, base, entries, index } = test;
-    const { values, flags, rsp, displacement } = test.start;
+    const { dst, idx, base, index } = test;
+    const { values, flags, rsp } = test.start;
     const arena = base === idx ? this.#lowArena : this.#arena;
     const gva = arena.start + SITE;
     const table = arena.start + TABLE;
-    const disp = base === idx ? Number(table) - index : displacement;
+    const disp = this.#displacement(test, table);
     const baseValue = BigInt.asUintN(64, table - BigInt(disp));
+    // What is added, where the load overwrites the base.
+    const addend = dst === base ? USABLE.find((name) => name !== dst && name !== idx)! : base;
     const state = {
       ...(Object.fromEntries(GPR_NAMES.map((name, i) => [name, values[i]!])) as Record<GprName, bigint>),
+      ...(this.form.toCase && { [addend]: baseValue }),
       [base]: baseValue,
       [idx]: BigInt(index),
       rsp: arena.start + rsp,
       rip: gva,
       rflags: flags,
     };
+    // Cases near the table, where a jump can go.
+    const entries = this.form.toCase
+      ? test.entries.map((entry) => disp + (entry % CASES_SIZE))
+      : test.entries;
     const load = encodeLoad({ dst, idx, base }, disp);
+    const add = encodeAdd(dst, addend);
+    const jmp = encodeJumpTo(dst);
     const site = {
       gva,
       length: load.length,
@@ -196,18 +215,38 @@ export class HandlerRuns {
       baseValue,
       addressBits: 64,
     } as const;
-    const plan = placed(this.layOut(site, entries), arena.start + HANDLER);
+    const dispatch = { add, imageBase: baseValue };
+    const plan = placed(this.form.layOut(site, entries, dispatch), arena.start + HANDLER);
     arena.write(table, new Uint8Array(entries.buffer, entries.byteOffset, entries.byteLength));
     arena.write(plan.handler.gva, plan.handler.bytes);
-    return { test, arena, load, plan, state };
+    const original = this.form.toCase ? Buffer.concat([load, add, jmp]) : load;
+    return { test, arena, original, plan, state };
   }
 
-  #runOriginal({ arena, load, state }: Prepared): { after: CpuState; memory: Buffer } {
-    arena.write(state.rip, load);
+  #displacement({ base, idx, index, start: { displacement } }: Case, table: Gva): number {
+    if (base === idx) return Number(table) - index;
+    // An image begins below its cases.
+    return this.form.toCase ? Math.abs(displacement) : displacement;
+  }
+
+  #runOriginal({ arena, original, state }: Prepared): { after: CpuState; memory: Buffer } {
+    arena.write(state.rip, original);
     arena.enter(state);
-    arena.step(1);
+    arena.step(this.form.toCase ? 3 : 1);
     return { after: arena.state(), memory: arena.memory() };
   }
+}
+
+/** add dst, source */
+function encodeAdd(dst: GprName, source: GprName): Buffer {
+  const [d, s] = [dst, source].map((name) => GPR_NAMES.indexOf(name)) as [number, number];
+  return Buffer.from([0x48 | ((d >> 3) << 2) | (s >> 3), 0x03, 0xc0 | ((d & 7) << 3) | (s & 7)]);
+}
+
+/** jmp register */
+function encodeJumpTo(register: GprName): Buffer {
+  const number = GPR_NAMES.indexOf(register);
+  return Buffer.from([...(number < 8 ? [] : [0x41]), 0xff, 0xe0 | (number & 7)]);
 }
 
 function placed(layout: HandlerLayout | Refused<string>, handler: Gva): HandlerPlan {

@@ -20,10 +20,10 @@ const MOST_ENTRIES = { roomy: 256, dense: 256, tight: 31 };
 const isPossible = ({ dst, idx, base }: Case) => dst !== idx || dst !== base;
 
 describe.each(LEAN_PACKINGS)('the %s lean handler', (packing) => {
-  const runs = new HandlerRuns(
-    (load, entries) => leanLayout(load, entries, packing),
-    BLOCK_INSTRUCTIONS[packing],
-  );
+  const runs = new HandlerRuns({
+    layOut: (load, entries) => leanLayout(load, entries, packing),
+    blockInstructions: BLOCK_INSTRUCTIONS[packing],
+  });
   afterAll(() => runs.close());
   const fits = ({ entries }: Case) => entries.length <= MOST_ENTRIES[packing];
 

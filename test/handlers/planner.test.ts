@@ -20,7 +20,7 @@ function proof(entries: number): ProvenSwitch {
     baseIsImageBase: true,
     byteTable: undefined,
     back: 0x1007,
-    add: part(0x1007, 3),
+    add: { ...part(0x1007, 3), bytes: Buffer.from('4803ca', 'hex') },
     jmp: { ...part(0x100a, 2), retpoline: false },
     adjacent: true,
   };
@@ -34,6 +34,7 @@ describe('the handlers of a load', () => {
   it('come with their bytes, the fastest first', () => {
     const sizes = plan(16).map(({ name, layout }) => [name, layout.refused ?? layout.size]);
     expect(sizes).toEqual([
+      ['fused', 17 + 15 * 16 + 13],
       ['lean-roomy', 17 + 15 * 16 + 10],
       ['lean-dense', 17 + 16 * 10],
       ['lean-tight', 13 + 16 * 8 + 5],
@@ -44,6 +45,7 @@ describe('the handlers of a load', () => {
   it('are those of one encoder, when that is wished', () => {
     expect(names(plan(16, 'seed'))).toEqual(['seed']);
     expect(names(plan(16, 'lean'))).toEqual(['lean-roomy', 'lean-dense', 'lean-tight']);
+    expect(names(plan(16, 'fused'))).toEqual(['fused']);
   });
 
   it('a refusal keeps its reason, and stands in no way of the others', () => {
@@ -51,15 +53,31 @@ describe('the handlers of a load', () => {
     expect(plans.find(({ name }) => name === 'lean-tight')?.layout.refused).toBe(
       'too-many-entries-for-short-jumps',
     );
-    expect(names(affordable(plans, Infinity))).toEqual(['lean-roomy', 'lean-dense', 'seed']);
+    expect(names(affordable(plans, Infinity))).toEqual(['fused', 'lean-roomy', 'lean-dense', 'seed']);
     expect(affordable(plan(257), Infinity)).toEqual([]);
+  });
+});
+
+describe('the whole switch is left to its own code, and only the load replaced,', () => {
+  const at = { rva: 0x1007, length: 3, isBranchTarget: true };
+  it.each([
+    ['not-adjacent', { adjacent: false }],
+    ['branch-target', { add: { ...proof(4).add, ...at } }],
+    ['branch-target', { jmp: { ...proof(4).jmp, isBranchTarget: true } }],
+    ['retpoline', { jmp: { ...proof(4).jmp, retpoline: true } }],
+  ] as const)('%s', (reason, change) => {
+    const plans = planHandlers({ ...proof(4), ...change }, IMAGE_BASE, 'auto');
+    const [taken] = affordable(plans, Infinity);
+    expect(taken!.name).toBe('lean-roomy');
+    expect(passedOver(plans, taken!)).toEqual({ fused: reason });
   });
 });
 
 describe('little slack', () => {
   it('leaves only the smaller handlers, the smallest in any case', () => {
     const plans = plan(16);
-    expect(names(affordable(plans, 267 * 32))[0]).toBe('lean-roomy');
+    expect(names(affordable(plans, 270 * 32))[0]).toBe('fused');
+    expect(names(affordable(plans, 270 * 32 - 1))[0]).toBe('lean-roomy');
     expect(names(affordable(plans, 267 * 32 - 1))[0]).toBe('lean-dense');
     expect(names(affordable(plans, 177 * 32 - 1))[0]).toBe('lean-tight');
     expect(names(affordable(plans, 0))).toEqual(['lean-tight']);
@@ -69,6 +87,9 @@ describe('little slack', () => {
     const plans = plan(32);
     const [taken] = affordable(plans, 0);
     expect(taken!.name).toBe('lean-dense');
-    expect(passedOver(plans, taken!)).toEqual({ 'lean-roomy': 'too-little-slack' });
+    expect(passedOver(plans, taken!)).toEqual({
+      fused: 'too-little-slack',
+      'lean-roomy': 'too-little-slack',
+    });
   });
 });

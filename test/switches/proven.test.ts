@@ -409,7 +409,12 @@ describe('a table whose end is proven', () => {
       baseIsImageBase: true,
       byteTable: undefined,
       back: load + 7,
-      add: { rva: load + 7, length: 3, isBranchTarget: false },
+      add: {
+        rva: load + 7,
+        length: 3,
+        isBranchTarget: false,
+        bytes: Uint8Array.of(0x48, 0x01, 0xd1),
+      },
       jmp: { rva: load + 10, length: 2, isBranchTarget: false, retpoline: false },
       adjacent: true,
     });

@@ -1,0 +1,58 @@
+import { describe, expect, it } from 'vitest';
+import { type Dispatch, fusedLayout } from '../../src/handlers/fused.js';
+import type { TableLoad } from '../../src/handlers/plan.js';
+
+const IMAGE_BASE = 0xffff_8000_1200_0000n;
+/** `mov ecx, dword ptr [rdx+rax*4+...]` */
+const LOAD: TableLoad = {
+  gva: 0xffff_8000_1234_0000n,
+  length: 7,
+  dst: 'rcx',
+  dstBits: 32,
+  idx: 'rax',
+  base: 'rdx',
+  baseValue: IMAGE_BASE,
+  addressBits: 64,
+};
+/** `add rcx, rdx; jmp rcx` */
+const DISPATCH: Dispatch = { add: Buffer.from('4803ca', 'hex'), imageBase: IMAGE_BASE };
+const HANDLER = 0xffff_8000_5678_0000n;
+
+function planned(entries: readonly number[], load: Partial<TableLoad> = {}, handler = HANDLER) {
+  const layout = fusedLayout({ ...LOAD, ...load }, DISPATCH, Uint32Array.from(entries));
+  return layout.refused === undefined ? layout.at(handler) : layout;
+}
+
+describe('the fused handler', () => {
+  it('jumps from each block to its case, after the add', () => {
+    const plan = planned([0x35_0000, 0x36_0000]);
+    if (plan.refused !== undefined) throw new Error(plan.refused);
+    const expected = [
+      '488d0d0a000000', // lea rcx, [rip + 0xa]
+      '488d0cc1', // lea rcx, [rcx + rax*8]
+      '488d0cc1',
+      'ffe1', // jmp rcx
+      ...['b900003500', '4803ca', 'e9e2ffbcbb', 'cccccc'],
+      ...['b900003600', '4803ca', 'e9d2ffbdbb'],
+    ];
+    expect(plan.handler.bytes.toString('hex')).toBe(expected.join(''));
+    expect(plan.site.bytes.length).toBe(7);
+  });
+
+  it('is refused as other handlers are', () => {
+    expect(planned([]).refused).toBe('no-entries');
+    expect(planned(Array(257).fill(0)).refused).toBe('too-many-entries');
+    expect(planned([0], { dst: 'rsp' }).refused).toBe('destination-is-rsp');
+    expect(planned([0], { dst: 'rax', base: 'rax' }).refused).toBe('no-register-for-address');
+  });
+
+  it('is refused when one of its cases is too far away, to the byte', () => {
+    const jumpEnd = 17n + 5n + 3n + 5n;
+    const nearest = HANDLER + jumpEnd - 2n ** 31n;
+    const handler = (entry: number) => HANDLER + (IMAGE_BASE + BigInt(entry) - nearest);
+    const load = { gva: HANDLER };
+    expect(planned([0x1000], load, handler(0x1000)).refused).toBeUndefined();
+    expect(planned([0x1000, 0xfff], load, handler(0x1000) - 16n).refused).toBe('jump-out-of-range');
+    expect(planned([0xfff], load, handler(0x1000)).refused).toBe('jump-out-of-range');
+  });
+});
