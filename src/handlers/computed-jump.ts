@@ -1,5 +1,4 @@
 import type { Gva } from '../vmi/address.js';
-import type { GprName } from '../x86/registers.js';
 import { jumpTo, LEA_RELATIVE_LENGTH, leaIndexed, leaRelative, type Scale } from './encoding.js';
 import { rel32 } from './jump.js';
 import type { TableLoad } from './plan.js';
@@ -34,15 +33,16 @@ const FACTORS: Readonly<Record<Exclude<Stride, 11>, readonly [...Scale[], Scale]
 /**
  * Computes in dst, with LEA alone, so that no flag, no memory and no other register changes.
  *
- * Where dst is idx, the address is computed on top of what base holds; `undefined` when that is not proven, is no
- * register of its own, or the stride is 11.
+ * The address is computed on top of what base holds; where that is not proven, is dst itself, or the stride is 11, on
+ * top of RIP, which takes one LEA more and is not possible where dst is idx.
  */
 export function computedJump(load: TableLoad, stride: Stride): ComputedJump | undefined {
-  return load.dst === load.idx ? fromBase(load, stride) : fromRip(load.dst, load.idx, stride);
+  return fromBase(load, stride) ?? fromRip(load, stride);
 }
 
 /** `lea dst, [rip + blocks]`; `lea dst, [dst + idx*scale]` for each summand; `jmp dst` */
-function fromRip(dst: GprName, idx: GprName, stride: Stride): ComputedJump {
+function fromRip({ dst, idx }: TableLoad, stride: Stride): ComputedJump | undefined {
+  if (dst === idx) return undefined;
   const rest = [...SUMMANDS[stride].flatMap((scale) => leaIndexed(dst, dst, idx, scale)), ...jumpTo(dst)];
   return {
     length: LEA_RELATIVE_LENGTH + rest.length,
@@ -53,13 +53,18 @@ function fromRip(dst: GprName, idx: GprName, stride: Stride): ComputedJump {
   };
 }
 
-/** `lea dst, [dst + dst*scale]` for a first factor; `lea dst, [base + dst*scale + (blocks - base)]`; `jmp dst` */
-function fromBase({ dst, base, baseValue }: TableLoad, stride: Stride): ComputedJump | undefined {
+/** `lea dst, [idx + idx*scale]` where there are two factors; `lea dst, [base + dst*scale + (blocks - base)]`; `jmp dst` */
+function fromBase({ dst, idx, base, baseValue }: TableLoad, stride: Stride): ComputedJump | undefined {
   if (baseValue === undefined || base === dst || stride === 11) return undefined;
   const factors = FACTORS[stride];
-  const first = factors.slice(0, -1).flatMap((scale) => leaIndexed(dst, dst, dst, scale));
+  const first = factors.slice(0, -1).flatMap((scale) => leaIndexed(dst, idx, idx, scale));
+  const multiple = first.length === 0 ? idx : dst;
   const code = (displacement: number) =>
-    Buffer.from([...first, ...leaIndexed(dst, base, dst, factors.at(-1)!, displacement), ...jumpTo(dst)]);
+    Buffer.from([
+      ...first,
+      ...leaIndexed(dst, base, multiple, factors.at(-1)!, displacement),
+      ...jumpTo(dst),
+    ]);
   return {
     length: code(0).length,
     encode(_, blocks) {

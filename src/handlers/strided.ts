@@ -10,7 +10,13 @@ export interface Block {
   readonly leadsTo: Gva;
 }
 
-/** A computed jump to one of the blocks, which stand `stride` bytes apart. */
+/** As much as a processor fetches at once. */
+const ALIGNMENT = 16n;
+
+/**
+ * A computed jump to one of the blocks, which stand `stride` bytes apart; where that is a multiple of 16, no block
+ * crosses a boundary of 16 bytes.
+ */
 export function stridedLayout(
   load: TableLoad,
   jump: ComputedJump,
@@ -18,18 +24,23 @@ export function stridedLayout(
   blocks: readonly Block[],
 ): HandlerLayout {
   const blockLength = blocks[0]!.code.length + JUMP_LENGTH;
-  const size = jump.length + (blocks.length - 1) * stride + blockLength;
+  const isAligned = BigInt(stride) % ALIGNMENT === 0n;
+  const padding = isAligned ? Number(ALIGNMENT) - 1 : 0;
+  const size = padding + jump.length + (blocks.length - 1) * stride + blockLength;
   return {
     size,
     at(handler) {
-      const first = handler + BigInt(jump.length);
+      const end = handler + BigInt(jump.length);
+      const first = isAligned ? alignUp(end) : end;
+      const start = first - BigInt(jump.length);
+      const firstAt = Number(first - handler);
       const bytes = Buffer.alloc(size, INT3);
-      const header = jump.encode(handler, first);
-      const site = encodeJump(load.gva, handler, load.length);
+      const header = jump.encode(start, first);
+      const site = encodeJump(load.gva, start, load.length);
       if (header === undefined || site === undefined) return { refused: 'jump-out-of-range' };
-      bytes.set(header);
+      bytes.set(header, firstAt - jump.length);
       for (const [k, { code, leadsTo }] of blocks.entries()) {
-        const at = jump.length + k * stride;
+        const at = firstAt + k * stride;
         const jumpAt = at + code.length;
         const leave = encodeJump(handler + BigInt(jumpAt), leadsTo);
         if (leave === undefined) return { refused: 'jump-out-of-range' };
@@ -39,8 +50,12 @@ export function stridedLayout(
       return {
         handler: { gva: handler, bytes },
         site: { gva: load.gva, bytes: site },
-        blocks: jump.length,
+        blocks: firstAt,
       };
     },
   };
+}
+
+function alignUp(gva: Gva): Gva {
+  return (gva + ALIGNMENT - 1n) & ~(ALIGNMENT - 1n);
 }

@@ -4,7 +4,7 @@ import { expect } from 'vitest';
 import type { Dispatch } from '../../src/handlers/fused.js';
 import type { HandlerLayout, HandlerPlan, Refused, TableLoad } from '../../src/handlers/plan.js';
 import type { Gva } from '../../src/vmi/address.js';
-import { Disassembler, FlowControl } from '../../src/x86/instruction.js';
+import { Disassembler, FlowControl, Mnemonic } from '../../src/x86/instruction.js';
 import { GPR_NAMES, type GprName } from '../../src/x86/registers.js';
 import { createFlatMachine, hexBytes, KERNEL_BASE, setGate } from '../machine/support.js';
 import { Arena, type CpuState, differences } from './arena.js';
@@ -171,6 +171,8 @@ export class HandlerRuns {
       let count = 1;
       for (let at = 0; ; count++) {
         const instruction = code.at(at)!;
+        // Padding in front, which the site jumps over.
+        if (instruction.mnemonic === Mnemonic.Int3) count--;
         if (instruction.flow === FlowControl.IndirectBranch) return 1 + count + this.form.blockInstructions;
         at += instruction.length;
       }

@@ -37,16 +37,29 @@ function bytes(packing: LeanPacking, load: Partial<TableLoad> = {}, entries = EN
 }
 
 describe('encoding', () => {
-  it('roomy: blocks 16 bytes apart, with code between them that is never executed', () => {
+  it('roomy: blocks 16 bytes apart, none across a boundary, with bytes between them that are never executed', () => {
     const expected = [
-      '488d0d0a000000', // lea rcx, [rip + 0xa]
-      '488d0cc1', // lea rcx, [rcx + rax*8]
-      '488d0cc1',
+      'cccc',
+      '488d0c00', // lea rcx, [rax + rax]
+      '488d8cca10007844', // lea rcx, [rdx + rcx*8 + (blocks - base)]
       'ffe1', // jmp rcx
-      ...['b900100000', 'e9ecffbbbb', 'cccccccccccc'],
-      ...['b900200000', 'e9dcffbbbb'],
+      ...['b900100000', 'e9edffbbbb', 'cccccccccccc'],
+      ...['b900200000', 'e9ddffbbbb'],
     ];
-    expect(bytes('roomy')).toBe(expected.join(''));
+    // As many bytes are left behind the last block as there could be in front.
+    expect(bytes('roomy')).toBe(expected.join('').padEnd(2 * (15 + 14 + 26), 'c'));
+  });
+
+  it('tight: where the base is the destination, the address is computed on top of RIP', () => {
+    const expected = [
+      '488d0d06000000', // lea rcx, [rip + 6]
+      '488d0cc1', // lea rcx, [rcx + rax*8]
+      'ffe1', // jmp rcx
+      ...['b900100000', 'eb09', 'cc'],
+      ...['b900200000', 'eb01', 'cc'],
+      'e9e5ffbbbb', // jmp back
+    ];
+    expect(bytes('tight', { base: 'rcx' })).toBe(expected.join(''));
   });
 
   it('dense: r9 as destination, whose blocks have 11 bytes', () => {
@@ -103,21 +116,29 @@ describe.each(LEAN_PACKINGS)('the refusals of %s', (packing) => {
 
   describe('jump-out-of-range, to the byte', () => {
     const GB2 = 2n ** 31n;
-    const back = LOAD.gva + BigInt(LOAD.length);
+    // Roomy blocks are aligned: these places are such that it takes no padding.
+    const padding = packing === 'roomy' ? 15n : 0n;
+    const step = padding + 1n;
 
     it('forwards, the last jump back must reach', () => {
+      const gva = 0xffff_8000_1234_0003n;
       const layout = leanLayout(LOAD, ENTRIES, packing);
       const size = BigInt(layout.refused === undefined ? layout.size : 0);
-      expect(refused(packing, { handler: back + GB2 - size })).toBeUndefined();
-      expect(refused(packing, { handler: back + GB2 - size + 1n })).toBe('jump-out-of-range');
+      const furthest = gva + 7n + GB2 - (size - padding);
+      const load = { gva, baseValue: gva };
+      expect(refused(packing, { load, handler: furthest })).toBeUndefined();
+      expect(refused(packing, { load, handler: furthest + 1n })).toBe('jump-out-of-range');
     });
 
     it('backwards, the site must reach the handler', () => {
-      expect(refused(packing, { handler: LOAD.gva + 5n - GB2 })).toBeUndefined();
-      expect(refused(packing, { handler: LOAD.gva + 5n - GB2 - 1n })).toBe('jump-out-of-range');
+      const gva = 0xffff_8000_1234_000dn;
+      const nearest = gva + 5n - GB2;
+      const load = { gva, baseValue: nearest };
+      expect(refused(packing, { load, handler: nearest })).toBeUndefined();
+      expect(refused(packing, { load, handler: nearest - step })).toBe('jump-out-of-range');
     });
 
-    it('where dst is idx, the base must reach the blocks', () => {
+    it('the base must reach the blocks', () => {
       const load = { dst: 'rax', baseValue: HANDLER - GB2 } as const;
       expect(refused(packing, { load })).toBe('jump-out-of-range');
       expect(refused(packing, { load: { ...load, baseValue: HANDLER - GB2 + 64n } })).toBeUndefined();

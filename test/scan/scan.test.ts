@@ -57,14 +57,14 @@ describe('scan', () => {
 
     load  section  form        table  entries  handler  end of the table
   ------  -------  ---------  ------  -------  -------  ----------------------------------
-  ${rva('load')}  .text    one-level  ${rva('table')}        5     94 B  proven
+  ${rva('load')}  .text    one-level  ${rva('table')}        5    106 B  proven
   ${rva('unguarded')}  .text    one-level  ${rva('table2')}        -        -  refused: no guard bounds the index
 
 switch tables in code    2 (2 one-level, 0 two-level)
   end proven             1 (1 one-level, 0 two-level): could be relocated
   refused                1: no guard bounds the index
 entries of a table       median 5, p90 5, p99 5, largest 5
-handlers of all          94 bytes
+handlers of all          106 bytes
 `);
   });
 
@@ -92,7 +92,7 @@ handlers of all          94 bytes
         adjacent: true,
         isBranchTarget: false,
         encoder: 'fused',
-        handlerBytes: 94,
+        handlerBytes: 106,
       },
       {
         type: 'site',
@@ -114,7 +114,7 @@ handlers of all          94 bytes
         tooManyEntries: 0,
         notInCode: 0,
         entries: { median: 5, p90: 5, p99: 5, max: 5 },
-        handlerBytes: 94,
+        handlerBytes: 106,
       },
     ]);
   });
