@@ -88,6 +88,14 @@
       "include_dirs": ["native/kvmi/include"],
       "cflags_c": ["-std=gnu11", "-O2", "-Wall", "-Wextra"],
       "libraries": ["-ldl", "-pthread"]
+    },
+    {
+      # Runs generated machine code; for `npm run bench:handlers`.
+      "target_name": "handlers-run-code",
+      "type": "executable",
+      "sources": ["native/handlers/bench/run_code.c"],
+      "cflags_c": ["-std=gnu11", "-O2", "-Wall", "-Wextra"],
+      "libraries": ["-pthread"]
     }
   ]
 }

@@ -184,12 +184,13 @@ const steps = [
   {
     name: 'native',
     what: 'building the native parts (about a minute)',
-    inputs: ['binding.gyp', 'native/machine', 'native/kvmi', 'native/libvirt-stub'],
+    inputs: ['binding.gyp', 'native/machine', 'native/kvmi', 'native/libvirt-stub', 'native/handlers'],
     salt: process.versions.modules,
     outputs: [
       'build/Release/machine.node',
       'build/Release/kvmi.so',
       'build/Release/kvmi-bare-listener',
+      'build/Release/handlers-run-code',
       'build/Release/libvirt-stub/libvirt.so',
     ],
     run: buildNative,

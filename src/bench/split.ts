@@ -1,6 +1,7 @@
 import { phaseBetween } from '../demo/phase.js';
 import { MemtablesError } from '../errors.js';
 import type { HostStatistics } from '../host/statistics-client.js';
+import { median } from './median.js';
 
 /** What one listener showed in one measurement, by the host's clock. */
 export interface Measured {
@@ -90,10 +91,4 @@ export function summarize(rounds: readonly Round[]): Summary {
 export function disturbance(rounds: readonly Round[]): number {
   const turnarounds = rounds.map(({ bare }) => bare.turnaround);
   return median(turnarounds) / Math.min(...turnarounds);
-}
-
-function median(values: readonly number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 === 1 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }

@@ -1,0 +1,127 @@
+import { nextRandom } from '../../random.js';
+import type { Gva } from '../../vmi/address.js';
+import { median } from '../median.js';
+import { runCode } from './run-code.js';
+import { type SwitchFunction, switchFunction } from './switch-code.js';
+
+export const CASES = [4, 8, 16, 64] as const;
+export const ORDERS = ['same', 'in-turn', 'random'] as const;
+export type Order = (typeof ORDERS)[number];
+
+/** What is measured against the untouched switch; `lean` packed as it is where slack is no question. */
+export const MEASURED = {
+  seed: 'seed',
+  lean: 'lean-roomy',
+  'lean-dense': 'lean-dense',
+  'lean-tight': 'lean-tight',
+  fused: 'fused',
+} as const;
+export type MeasuredName = keyof typeof MEASURED;
+const NAMES = Object.keys(MEASURED) as MeasuredName[];
+
+export interface Cell {
+  readonly form: 'one-level';
+  readonly cases: number;
+  readonly order: Order;
+  readonly encoder: MeasuredName;
+  /** Cycles of the time-stamp counter for one untouched switch, with the loop around it. */
+  readonly cyclesUntouched: number;
+  /** Of the cycles for one switch. */
+  readonly ratioToUntouched: number;
+  readonly ratioToSeed: number;
+  /** The handler's size. */
+  readonly bytes: number;
+}
+
+/** Far from what else a process has mapped. */
+const IMAGE: Gva = 0x10_0000_0000n;
+const FUNCTION_SPACE = 0x1_0000;
+const HANDLER_SPACE = 0x8000;
+/**
+ * Where a function and its handler begin in their space. It matters where code lies: slack is not aligned, and has any
+ * distance to the code that jumps there.
+ */
+const PLACEMENTS = [
+  [0, 0x215],
+  [16, 0x62a],
+  [32, 0x93b],
+  [48, 0xe40],
+] as const;
+/** Long enough that the processor cannot learn a random order by heart. */
+const SWITCHES = 65_536;
+
+/** Measures every handler of a switch with so many cases, in each order. @throws MemtablesError of `runCode` */
+export async function measureCells(cases: number, rounds: number, signal: AbortSignal): Promise<Cell[]> {
+  const variants = [undefined, ...NAMES].map((name) => ({
+    name,
+    functions: [] as SwitchFunction[],
+  }));
+  let space = 0;
+  // In turn, so that what disturbs the machine disturbs all of them.
+  const all: SwitchFunction[] = [];
+  for (const [offset, handlerOffset] of PLACEMENTS) {
+    for (const { name, functions } of variants) {
+      const start = space++ * FUNCTION_SPACE;
+      const code = switchFunction(cases, name && MEASURED[name], {
+        image: IMAGE,
+        offset: start + offset,
+        handlerOffset: start + HANDLER_SPACE + handlerOffset,
+      });
+      if (code === undefined) continue;
+      functions.push(code);
+      all.push(code);
+    }
+  }
+  const orders = ORDERS.map((order) => orderOf(order, cases));
+  // The first round warms up.
+  const [, ...measured] = await runCode(IMAGE, all, orders, rounds + 1, signal);
+  const [untouched, seed] = variants;
+  return ORDERS.flatMap((order, at) => {
+    const cycles = (code: SwitchFunction) => measured.map((round) => round[at]![all.indexOf(code)]!);
+    const ratio = (variant: typeof untouched, to: typeof untouched) =>
+      median(
+        variant!.functions.flatMap((code, placement) => {
+          const base = cycles(to!.functions[placement]!);
+          return cycles(code).map((value, round) => value / base[round]!);
+        }),
+      );
+    return variants.slice(1).flatMap((variant): Cell[] => {
+      const [code] = variant.functions;
+      if (code === undefined) return [];
+      return [
+        {
+          form: 'one-level',
+          cases,
+          order,
+          encoder: variant.name!,
+          cyclesUntouched: median(untouched!.functions.flatMap(cycles)) / SWITCHES,
+          ratioToUntouched: ratio(variant, untouched),
+          ratioToSeed: ratio(variant, seed),
+          bytes: code.handlerBytes,
+        },
+      ];
+    });
+  });
+}
+
+/** The geometric mean over the cells of each encoder. */
+export function geomeans(cells: readonly Cell[]): Partial<Record<MeasuredName, number>> {
+  const logarithms = (name: MeasuredName) =>
+    cells.filter(({ encoder }) => encoder === name).map((cell) => Math.log(cell.ratioToUntouched));
+  return Object.fromEntries(
+    NAMES.map((name) => {
+      const logs = logarithms(name);
+      return [name, Math.exp(logs.reduce((sum, value) => sum + value, 0) / logs.length)];
+    }),
+  );
+}
+
+function orderOf(order: Order, cases: number): Uint32Array {
+  let state = 1;
+  return Uint32Array.from({ length: SWITCHES }, (_, index) => {
+    state = nextRandom(state);
+    if (order === 'same') return cases >> 1;
+    // The high bits are the random ones.
+    return order === 'in-turn' ? index % cases : Math.floor((state / 2 ** 32) * cases);
+  });
+}

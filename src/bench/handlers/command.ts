@@ -1,0 +1,55 @@
+import { EXIT } from '../../cli/exit-codes.js';
+import { log, type Output } from '../../cli/output.js';
+import { stopRequest } from '../../cli/stop.js';
+import { MemtablesError } from '../../errors.js';
+import { stayOnOneProcessor } from '../one-processor.js';
+import { CASES, type Cell, geomeans, measureCells } from './cells.js';
+
+export interface HandlersCommandOptions {
+  readonly rounds: number;
+}
+
+/** Runs the benchmark and prints its figures. @throws MemtablesError of whatever failed */
+export async function handlersCommand({ rounds }: HandlersCommandOptions, output: Output): Promise<void> {
+  const stop = stopRequest({ code: EXIT.internal, message: 'ended at once' });
+  stayOnOneProcessor();
+  const all: Cell[] = [];
+  for (const cases of CASES) {
+    log.info(`measuring a switch with ${cases} cases`);
+    const cells = await measureCells(cases, rounds, stop).catch((error: unknown) => {
+      throw stop.aborted ? stopped(stop.reason) : error;
+    });
+    for (const cell of cells) output.result({ type: 'cell', ...cell }, describe(cell, cell === cells[0]));
+    all.push(...cells);
+  }
+  const geomeanToUntouched = geomeans(all);
+  const means = Object.entries(geomeanToUntouched).map(([name, mean]) => `${name} ${mean.toFixed(2)}`);
+  output.result(
+    { type: 'summary', geomeanToUntouched },
+    `\ntimes the untouched switch, geometric mean: ${means.join(', ')}`,
+  );
+}
+
+function stopped(cause: unknown): MemtablesError {
+  return new MemtablesError('BENCH_FAILED', 'the benchmark was stopped before it was through', {
+    remedy: 'Run it again and let it finish; --rounds makes it shorter.',
+    cause,
+  });
+}
+
+const HEADER = ['', 'cases  order    handler     bytes  untouched cycles  to untouched  to seed', ''].join(
+  '\n',
+);
+
+function describe(cell: Cell, isFirst: boolean): string {
+  const row = [
+    String(cell.cases).padStart(5),
+    cell.order.padEnd(7),
+    cell.encoder.padEnd(10),
+    String(cell.bytes).padStart(6),
+    cell.cyclesUntouched.toFixed(1).padStart(16),
+    `x${cell.ratioToUntouched.toFixed(2)}`.padStart(12),
+    `x${cell.ratioToSeed.toFixed(2)}`.padStart(7),
+  ].join('  ');
+  return isFirst ? HEADER + row : row;
+}

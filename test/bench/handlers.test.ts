@@ -1,0 +1,85 @@
+import { existsSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { describe, expect, onTestFinished, test } from 'vitest';
+import { type Cell, geomeans } from '../../src/bench/handlers/cells.js';
+import { switchFunction } from '../../src/bench/handlers/switch-code.js';
+import { Command } from '../cli/command.js';
+
+const BENCH = fileURLToPath(new URL('../../dist/bench/handlers/main.js', import.meta.url));
+
+if (!existsSync(BENCH)) throw new Error('the benchmark is not built: run `npm run setup`');
+
+function bench(...args: readonly string[]): Command {
+  const command = new Command(args, { MEMTABLES_LOG: 'info' }, undefined, BENCH);
+  onTestFinished(() => command.kill('SIGKILL'));
+  return command;
+}
+
+const number = expect.any(Number);
+
+describe('bench:handlers', () => {
+  test('prints a line for each cell and a summary that other programs can rely on', async () => {
+    const command = bench('--json', '--rounds', '1');
+    expect([await command.ended, command.stderr]).toEqual([
+      0,
+      expect.not.stringContaining('handlers-run-code'),
+    ]);
+    const cells = command.records.slice(0, -1);
+    for (const cell of cells) {
+      expect(cell).toEqual({
+        ...{ type: 'cell', form: 'one-level', cases: number, encoder: expect.any(String) },
+        order: expect.stringMatching(/^(same|in-turn|random)$/),
+        ...{ cyclesUntouched: number, ratioToUntouched: number, ratioToSeed: number, bytes: number },
+      });
+    }
+    const kinds = cells.map(({ cases, order, encoder }) => `${cases} ${order} ${encoder}`);
+    expect(new Set(kinds).size).toBe(kinds.length);
+    // `lean-tight` has at most 31 entries.
+    expect(kinds.length).toBe(4 * 3 * 5 - 3);
+    expect(command.records.at(-1)).toEqual({
+      type: 'summary',
+      geomeanToUntouched: {
+        ...{ seed: number, lean: number, fused: number },
+        ...{ 'lean-dense': number, 'lean-tight': number },
+      },
+    });
+  });
+
+  test('stopped, it leaves no process and says so', async () => {
+    const command = bench('--rounds', '1000');
+    await command.prints('measuring a switch', 'stderr');
+    command.kill('SIGTERM');
+    expect(await command.ended).toBe(1);
+    expect(command.stderr).toContain('the benchmark was stopped before it was through [BENCH_FAILED]');
+  });
+});
+
+describe('the figures', () => {
+  test('of an encoder are the geometric mean of its own cells', () => {
+    const cell = (encoder: Cell['encoder'], ratioToUntouched: number): Cell => ({
+      ...{ form: 'one-level', cases: 4, order: 'same', encoder },
+      ...{ cyclesUntouched: 1, ratioToUntouched, ratioToSeed: 1, bytes: 1 },
+    });
+    const means = geomeans([cell('seed', 2), cell('lean', 1), cell('seed', 8), cell('lean', 1)]);
+    expect(means.seed).toBeCloseTo(4);
+    expect(means.lean).toBe(1);
+  });
+});
+
+describe('the code', () => {
+  const placement = { image: 0x10_0000_0000n, offset: 0x100, handlerOffset: 0x8005 };
+
+  test('is the same but for the site: what is compared is the handler', () => {
+    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction(4, name, placement)!);
+    const [before, after] = [untouched!.pieces[0]!.bytes, seed!.pieces[0]!.bytes];
+    const changed = [...before.keys()].filter((at) => before[at] !== after[at]);
+    const site = before.indexOf(Buffer.from('8b8c82', 'hex'));
+    expect(changed.every((at) => at >= site && at < site + 7)).toBe(true);
+    expect(untouched!.handlerBytes).toBe(0);
+    expect(seed!.handlerBytes).toBe(47 + 4 * 11);
+  });
+
+  test('is none where the handler is refused', () => {
+    expect(switchFunction(64, 'lean-tight', placement)).toBeUndefined();
+  });
+});
