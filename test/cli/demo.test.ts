@@ -127,7 +127,8 @@ describe('the demo', () => {
   test('as text', async () => {
     const command = demo('--seconds', '0.1', '--vcpus', '1', '--hook', 'nt!NtCreateFile');
     expect(await command.ended).toBe(0);
-    const lines = command.stdout.split('\n');
+    // An unload may have to wait for a thread, or not.
+    const lines = command.stdout.split('\n').filter((line) => !line.startsWith('waiting for threads'));
     expect(lines[0]).toMatch(/^unhooked: [\d,]+ switches\/s, [\d,]+ integrity sweeps?$/);
     // What happens to dozens of table loads is counted, not told.
     expect(lines.slice(1, 4).map((line) => line.split(/:? /)[0])).toEqual(['hooked', 'hooked', 'relocated']);
