@@ -1,5 +1,6 @@
 import type { Gva } from '../vmi/address.js';
 import { jumpTo, LEA_RELATIVE_LENGTH, leaIndexed, leaRelative, type Scale } from './encoding.js';
+import type { IndexSource } from './evacuation.js';
 import { rel32 } from './jump.js';
 import type { TableLoad } from './plan.js';
 
@@ -11,6 +12,8 @@ export interface ComputedJump {
   readonly length: number;
   /** The code at `at`, with block 0 at `blocks`; `undefined` when something is more than 2 GB away. */
   encode(at: Gva, blocks: Gva): Buffer | undefined;
+  /** For each of its instructions, by offset: where idx is before it is executed. */
+  indices(blocks: Gva): ReadonlyMap<number, IndexSource>;
 }
 
 /** A multiple of idx, as the sum of what one LEA each can add. */
@@ -43,12 +46,18 @@ export function computedJump(load: TableLoad, stride: Stride): ComputedJump | un
 /** `lea dst, [rip + blocks]`; `lea dst, [dst + idx*scale]` for each summand; `jmp dst` */
 function fromRip({ dst, idx }: TableLoad, stride: Stride): ComputedJump | undefined {
   if (dst === idx) return undefined;
-  const rest = [...SUMMANDS[stride].flatMap((scale) => leaIndexed(dst, dst, idx, scale)), ...jumpTo(dst)];
+  const additions = SUMMANDS[stride].map((scale) => leaIndexed(dst, dst, idx, scale));
+  const rest = [...additions.flat(), ...jumpTo(dst)];
+  const unchanged = { register: idx, offset: 0n, factor: 1n };
   return {
     length: LEA_RELATIVE_LENGTH + rest.length,
     encode(at, blocks) {
       const first = leaRelative(dst, at, blocks);
       return first && Buffer.from([...first, ...rest]);
+    },
+    indices() {
+      const lengths = [LEA_RELATIVE_LENGTH, ...additions.map((code) => code.length)];
+      return new Map([0, ...ends(lengths)].map((at) => [at, unchanged]));
     },
   };
 }
@@ -71,5 +80,25 @@ function fromBase({ dst, idx, base, baseValue }: TableLoad, stride: Stride): Com
       const displacement = rel32(baseValue, blocks);
       return displacement === undefined ? undefined : code(displacement);
     },
+    indices(blocks) {
+      const unchanged = { register: idx, offset: 0n, factor: 1n };
+      const multiplied = { register: dst, offset: 0n, factor: BigInt(stride / factors.at(-1)!) };
+      const placed = { register: dst, offset: blocks, factor: BigInt(stride) };
+      const jmp = code(0).length - jumpTo(dst).length;
+      return new Map<number, IndexSource>([
+        [0, unchanged],
+        ...(first.length === 0 ? [] : [[first.length, multiplied] as const]),
+        [jmp, placed],
+      ]);
+    },
   };
+}
+
+/** Where each of some pieces ends, one behind the other. */
+function ends(lengths: readonly number[]): number[] {
+  let end = 0;
+  return lengths.map((length) => {
+    end += length;
+    return end;
+  });
 }

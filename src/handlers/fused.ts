@@ -1,7 +1,6 @@
 import type { Gva } from '../vmi/address.js';
 import { computedJump } from './computed-jump.js';
 import { movImmediate } from './encoding.js';
-import { JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
 import { stridedLayout } from './strided.js';
@@ -36,11 +35,14 @@ export function fusedLayout(
   if (refused !== undefined) return { refused };
   const jump = computedJump(load, STRIDE);
   if (jump === undefined) return { refused: 'no-register-for-address' };
+  const rip = load.gva + BigInt(load.length);
   const blocks = Array.from(entries, (entry) => ({
-    // For the flags, too.
-    code: [...movImmediate(load.dst, entry), ...dispatch.add],
+    steps: [
+      { code: movImmediate(load.dst, entry), exit: { rip, entry } },
+      // For the flags, too.
+      { code: [...dispatch.add], exit: { rip } },
+    ],
     leadsTo: BigInt.asUintN(64, dispatch.imageBase + BigInt(entry)),
   }));
-  if (blocks[0]!.code.length + JUMP_LENGTH > STRIDE) throw new RangeError('this add is no register add');
-  return stridedLayout(load, jump, STRIDE, blocks);
+  return stridedLayout(load, jump, STRIDE, entries, blocks);
 }

@@ -1,9 +1,10 @@
 import { type ComputedJump, computedJump, type Stride } from './computed-jump.js';
 import { INT3, movImmediate } from './encoding.js';
+import { Evacuation } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
-import { stridedLayout } from './strided.js';
+import { headerExits, stridedLayout } from './strided.js';
 
 /**
  * How the blocks stand: `roomy` 16 bytes apart; `dense` without a gap, or nearly; `tight` 8 bytes apart, with a short
@@ -47,14 +48,13 @@ export function leanLayout(
   const stride = strideOf(load, packing, codes[0]!.length + JUMP_LENGTH);
   const jump = computedJump(load, stride);
   if (jump === undefined) return { refused: 'no-register-for-address' };
-  if (packing === 'tight') return tightLayout(load, jump, codes);
+  if (packing === 'tight') return tightLayout(load, jump, entries, codes);
   const leadsTo = load.gva + BigInt(load.length);
-  return stridedLayout(
-    load,
-    jump,
-    stride,
-    codes.map((code) => ({ code, leadsTo })),
-  );
+  const blocks = codes.map((code, k) => ({
+    steps: [{ code, exit: { rip: leadsTo, entry: entries[k]! } }],
+    leadsTo,
+  }));
+  return stridedLayout(load, jump, stride, entries, blocks);
 }
 
 function strideOf({ dst, idx }: TableLoad, packing: LeanPacking, blockLength: number): Stride {
@@ -65,7 +65,12 @@ function strideOf({ dst, idx }: TableLoad, packing: LeanPacking, blockLength: nu
   return dst === idx ? 12 : 11;
 }
 
-function tightLayout(load: TableLoad, jump: ComputedJump, codes: readonly number[][]): HandlerLayout {
+function tightLayout(
+  load: TableLoad,
+  jump: ComputedJump,
+  entries: Uint32Array,
+  codes: readonly number[][],
+): HandlerLayout {
   const front = codes.length > REACHING_REAR ? JUMP_LENGTH : 0;
   const blocks = jump.length + front;
   const rear = blocks + codes.length * TIGHT_STRIDE;
@@ -82,9 +87,14 @@ function tightLayout(load: TableLoad, jump: ComputedJump, codes: readonly number
       bytes.set(header);
       if (front > 0) bytes.set(fromFront, jump.length);
       bytes.set(fromRear, rear);
+      const exits = headerExits(load, jump, handler, handler + BigInt(blocks));
+      const done = { rip: back };
+      for (const at of [jump.length, rear]) exits.set(handler + BigInt(at), done);
       for (const [k, code] of codes.entries()) {
         const jumpAt = blocks + k * TIGHT_STRIDE + code.length;
         const reachesRear = codes.length - k <= REACHING_REAR;
+        exits.set(handler + BigInt(jumpAt - code.length), { rip: back, entry: entries[k]! });
+        exits.set(handler + BigInt(jumpAt), done);
         bytes.set(code, jumpAt - code.length);
         bytes.writeUInt8(JMP_REL8, jumpAt);
         bytes.writeInt8((reachesRear ? rear : jump.length) - (jumpAt + SHORT_JUMP_LENGTH), jumpAt + 1);
@@ -93,6 +103,7 @@ function tightLayout(load: TableLoad, jump: ComputedJump, codes: readonly number
         handler: { gva: handler, bytes },
         site: { gva: load.gva, bytes: site },
         blocks,
+        evacuation: new Evacuation(load.dst, entries, exits),
       };
     },
   };

@@ -1,5 +1,6 @@
 import type { Gva } from '../vmi/address.js';
 import type { GprName } from '../x86/registers.js';
+import type { Evacuation } from './evacuation.js';
 
 /** Bytes that belong at an address of the guest. */
 export interface Patch {
@@ -32,6 +33,8 @@ export interface HandlerPlan {
   readonly site: Patch;
   /** Offset in the handler of the block of entry 0. */
   readonly blocks: number;
+  /** Absent of a handler that a vCPU cannot be taken out of. */
+  readonly evacuation?: Evacuation;
 }
 
 /** A handler without a place: what it takes is known before slack is taken for it. */

@@ -1,12 +1,20 @@
 import type { Gva } from '../vmi/address.js';
 import type { ComputedJump, Stride } from './computed-jump.js';
 import { INT3 } from './encoding.js';
+import { Evacuation, type Exit } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, TableLoad } from './plan.js';
 
-/** What the block of an entry does, and where it jumps to then. The code has the same length for all. */
-export interface Block {
+/** An instruction of a block. */
+export interface BlockStep {
   readonly code: readonly number[];
+  /** How to do it, and what comes after it, without the handler. */
+  readonly exit: Exit;
+}
+
+/** What the block of an entry does, and where it jumps to then. The steps have the same lengths for all. */
+export interface Block {
+  readonly steps: readonly BlockStep[];
   readonly leadsTo: Gva;
 }
 
@@ -21,9 +29,10 @@ export function stridedLayout(
   load: TableLoad,
   jump: ComputedJump,
   stride: Stride,
+  entries: Uint32Array,
   blocks: readonly Block[],
 ): HandlerLayout {
-  const blockLength = blocks[0]!.code.length + JUMP_LENGTH;
+  const blockLength = sum(blocks[0]!.steps.map(({ code }) => code.length)) + JUMP_LENGTH;
   const isAligned = BigInt(stride) % ALIGNMENT === 0n;
   const padding = isAligned ? Number(ALIGNMENT) - 1 : 0;
   const size = padding + jump.length + (blocks.length - 1) * stride + blockLength;
@@ -39,21 +48,37 @@ export function stridedLayout(
       const site = encodeJump(load.gva, start, load.length);
       if (header === undefined || site === undefined) return { refused: 'jump-out-of-range' };
       bytes.set(header, firstAt - jump.length);
-      for (const [k, { code, leadsTo }] of blocks.entries()) {
-        const at = firstAt + k * stride;
-        const jumpAt = at + code.length;
-        const leave = encodeJump(handler + BigInt(jumpAt), leadsTo);
+      const exits = headerExits(load, jump, start, first);
+      for (const [k, { steps, leadsTo }] of blocks.entries()) {
+        let at = firstAt + k * stride;
+        for (const { code, exit } of steps) {
+          exits.set(handler + BigInt(at), exit);
+          bytes.set(code, at);
+          at += code.length;
+        }
+        const leave = encodeJump(handler + BigInt(at), leadsTo);
         if (leave === undefined) return { refused: 'jump-out-of-range' };
-        bytes.set(code, at);
-        bytes.set(leave, jumpAt);
+        exits.set(handler + BigInt(at), { rip: leadsTo });
+        bytes.set(leave, at);
       }
       return {
         handler: { gva: handler, bytes },
         site: { gva: load.gva, bytes: site },
         blocks: firstAt,
+        evacuation: new Evacuation(load.dst, entries, exits),
       };
     },
   };
+}
+
+/** While the block's address is computed, the load still has to be done. */
+export function headerExits(load: TableLoad, jump: ComputedJump, start: Gva, blocks: Gva): Map<Gva, Exit> {
+  const rip = load.gva + BigInt(load.length);
+  return new Map([...jump.indices(blocks)].map(([at, entry]) => [start + BigInt(at), { rip, entry }]));
+}
+
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, number) => total + number, 0);
 }
 
 function alignUp(gva: Gva): Gva {

@@ -1,4 +1,5 @@
 import { MemtablesError } from '../errors.js';
+import type { Evacuation } from '../handlers/evacuation.js';
 import type { Patch } from '../handlers/plan.js';
 import type { LiveRange } from '../safety/ranges.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
@@ -15,6 +16,8 @@ export interface Redirection {
   readonly length: number;
   readonly code: CodeChange;
   readonly slack: SlackBlock;
+  /** How a vCPU gets out of our code; absent where it has to leave by itself. */
+  readonly evacuation: Evacuation | undefined;
   /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
   jump: CodeChange | undefined;
 }
@@ -48,11 +51,21 @@ export class Redirections {
     label: string,
     patches: { readonly code: Patch; readonly jump: Patch },
     slack: SlackBlock,
+    evacuation?: Evacuation,
   ): Redirection {
     const code = this.patcher.prepare(`code of ${label}`, patches.code);
     const jump = this.patcher.prepare(`jump of ${label}`, patches.jump);
     const { gva, bytes } = patches.jump;
-    const redirection: Redirection = { kind, label, at: gva, length: bytes.length, code, jump, slack };
+    const redirection: Redirection = {
+      kind,
+      label,
+      at: gva,
+      length: bytes.length,
+      code,
+      jump,
+      slack,
+      evacuation,
+    };
     this.#all.add(redirection);
     try {
       this.patcher.apply(code);

@@ -136,7 +136,7 @@ export class Relocator {
   ): Outcome {
     const label = `${proof.form} load at ${hex(site.rip)}`;
     const patches = { code: plan.handler, jump: plan.site };
-    site.redirection = this.redirections.install('relocation', label, patches, slack);
+    site.redirection = this.redirections.install('relocation', label, patches, slack, plan.evacuation);
     site.state = 'relocated';
     return {
       type: 'relocated',

@@ -56,5 +56,7 @@ export interface UnloadReport {
   readonly blocked: number;
   /** Live pointers found inside handlers, over all scans. */
   readonly inHandlerAtScan: number;
+  /** vCPUs that were taken out of handlers, by setting their registers. */
+  readonly evacuated: number;
   readonly seconds: number;
 }

@@ -3,6 +3,7 @@ import type { Kernel } from '../nt/kernel.js';
 import { scanGuest } from '../safety/scan.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
+import { inUserMode } from '../x86/registers.js';
 import { describeObstacles, type Obstacles } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import type { Redirections } from './redirections.js';
@@ -23,6 +24,7 @@ export class Unloader {
   #scans = 0;
   #blocked = 0;
   #inHandlers = 0;
+  #evacuated = 0;
 
   constructor(
     private readonly hypervisor: Hypervisor,
@@ -67,6 +69,7 @@ export class Unloader {
       scans: this.#scans,
       blocked: this.#blocked,
       inHandlerAtScan: this.#inHandlers,
+      evacuated: this.#evacuated,
       seconds: (performance.now() - started) / 1000,
     };
   }
@@ -92,9 +95,29 @@ export class Unloader {
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
+  /**
+   * Takes the vCPUs out of handlers that can be left anywhere. The scan then reads their registers anew: where the
+   * hypervisor sets them only as it resumes (KVM), it is the next scan that finds them gone.
+   */
+  #evacuate(): void {
+    const relocations = this.redirections.ofKind('relocation');
+    for (let vcpu = 0; vcpu < this.hypervisor.vcpuCount; vcpu++) {
+      const registers = this.hypervisor.registers(vcpu);
+      if (inUserMode(registers)) continue;
+      for (const { evacuation } of relocations) {
+        const outside = evacuation?.registersFor(registers);
+        if (outside === undefined) continue;
+        this.hypervisor.setRegisters(vcpu, outside);
+        this.#evacuated++;
+        break;
+      }
+    }
+  }
+
   /** Returns what stands in the way, if anything does. */
   #tryRemoveAll(patient: boolean): Obstacles | undefined {
     this.disable();
+    this.#evacuate();
     const entries = this.redirections.entryRanges();
     const code = this.redirections.codeRanges(this.redirections.all());
     const scan = scanGuest(this.hypervisor, this.kernel, [...entries, ...code]);

@@ -164,6 +164,31 @@ export class HandlerRuns {
     return missed === 0 ? wrong : [...wrong, `${missed} interrupts not taken`];
   }
 
+  /** Takes the vCPU out of the handler before each of its instructions; returns what differs in the end. */
+  compareEvacuated = (test: Case): string[] => {
+    const prepared = this.prepare(test);
+    const { arena, plan, state, original: code } = prepared;
+    const original = this.#runOriginal(prepared);
+    const wrong: string[] = [];
+    // At the site itself it is not inside yet.
+    for (let step = 1; step < this.instructionsOf(plan); step++) {
+      arena.write(plan.site.gva, plan.site.bytes);
+      arena.enter(state);
+      arena.step(step);
+      arena.write(state.rip, code);
+      const registers = plan.evacuation?.registersFor(this.#machine.registers(0));
+      if (registers === undefined) {
+        wrong.push(`not possible at step ${step}`);
+        continue;
+      }
+      this.#machine.setRegisters(0, registers);
+      arena.runTo(original.after.rip, 2);
+      wrong.push(...differences(original.after, arena.state()));
+      if (!arena.memory().equals(original.memory)) wrong.push(`memory at step ${step}`);
+    }
+    return wrong;
+  };
+
   /** How many instructions the handler runs, with the jump at its site. */
   instructionsOf(plan: HandlerPlan): number {
     const code = new Disassembler(plan.handler.bytes, plan.handler.gva);

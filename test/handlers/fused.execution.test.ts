@@ -58,6 +58,10 @@ describe('at any instruction boundary of the fused handler', () => {
     );
   });
 
+  it('it can be left without it, for every choice of dst, idx and base', () => {
+    expectNoDifference([...everyChoice()].filter(isPossible), runs.compareEvacuated);
+  });
+
   it('no harm is done by a real interrupt frame pushed and returned from', () => {
     expectNoDifference(everyIndex([3], everyPair), (test) => runs.compareWithRealInterrupts(test));
   });

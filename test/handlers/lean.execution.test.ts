@@ -81,6 +81,19 @@ describe.each(LEAN_PACKINGS)('the %s lean handler', (packing) => {
       );
     });
 
+    it('can be left without it, for every choice of dst, idx and base', () => {
+      expectNoDifference([...everyChoice()].filter(isPossible), runs.compareEvacuated);
+    });
+
+    it('can be left without it, for every index', () => {
+      const pairs = [
+        ['rcx', 'rax'],
+        ['rax', 'rax'],
+        ['r13', 'r13'],
+      ] as const;
+      expectNoDifference(everyIndex([1, 31], pairs), runs.compareEvacuated);
+    });
+
     it('takes no harm of a real interrupt frame pushed and returned from', () => {
       expectNoDifference(everyIndex([3], everyPair), (test) => runs.compareWithRealInterrupts(test));
     });

@@ -137,8 +137,8 @@ describe('engine on the embedded guest', () => {
     engine.unload();
   });
 
-  test('unload waits for the vCPU inside a handler, restores the site at once, and then succeeds', () => {
-    const { guest, before, engine, events } = relocatedGuest({ vcpus: 1 });
+  test('unload waits for the vCPU inside a handler on the stack, restores the site at once, and then succeeds', () => {
+    const { guest, before, engine, events } = relocatedGuest({ vcpus: 1, handler: 'seed' });
     const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
     let steps = 0;
     guest.hypervisor.advance = () => {
@@ -156,8 +156,12 @@ describe('engine on the embedded guest', () => {
     expect(guest.wrongStreams()).toEqual([]);
   });
 
-  test('a thread that never leaves a handler blocks unload for good: its code stays, every site is restored', () => {
-    const { guest, engine, kernel, events, journal } = relocatedGuest({ vcpus: 1, unloadSeconds: 0.05 });
+  test('a thread that never leaves a handler on the stack blocks unload for good: its code stays, every site is restored', () => {
+    const { guest, engine, kernel, events, journal } = relocatedGuest({
+      vcpus: 1,
+      handler: 'seed',
+      unloadSeconds: 0.05,
+    });
     stepInto(guest, 0, (rip) => handlerAt(events, rip));
     guest.hypervisor.advance = () => [];
     expect(() => engine.unload()).toThrow(expect.objectContaining({ code: 'UNLOAD_BLOCKED' }));
@@ -358,6 +362,28 @@ describe.each(ENCODERS)('a %s handler', (handler) => {
     }
     engine.unload();
   });
+});
+
+describe.each(['lean', 'fused'] as const)('a vCPU inside a %s handler', (handler) => {
+  test.each([0, 1, 2, 3, 4])(
+    'is taken out of it by unload, after %i of its instructions, and does not have to run for that',
+    (instructions) => {
+      const { guest, before, engine, events } = relocatedGuest({ vcpus: 1, handler });
+      stepInto(guest, 0, (rip) => handlerAt(events, rip));
+      for (let step = 0; step < instructions; step++) stepOnce(guest, 0);
+      expect(handlerAt(events, guest.machine.registers(0).rip)).toBeDefined();
+      guest.startTimer();
+      expect(engine.unload().evacuated).toBe(1);
+      // A thread that has been preempted inside may be in the way.
+      const [first] = events.flatMap((event) => (event.type === 'unload-blocked' ? event.where : []));
+      expect(first ?? '').not.toContain('is the RIP of vCPU');
+      expect(guest.image()).toBe(before);
+      const { switches } = guest.report();
+      while (guest.report().switches['one-level'] < switches['one-level'] + 1000n) guest.machine.run(500);
+      expect(guest.wrongStreams()).toEqual([]);
+      expect(guest.report().bugCheck).toBeUndefined();
+    },
+  );
 });
 
 describe('whatever call fails', () => {
