@@ -76,7 +76,16 @@ export class XenLibrary implements Libvmi {
         writeRegisters(new DataView(koffi.view(into, abi.REGISTERS_SIZE)), machine.registers(vcpu as number));
         return abi.STATUS_SUCCESS;
       },
-      vmi_set_vcpuregs: () => FAILURE,
+      vmi_set_vcpuregs: (_vmi, from, vcpu) => {
+        if (this.#pauses === 0) throw new Error('registers set while the guest runs');
+        const view = new DataView(koffi.view(from, abi.REGISTERS_SIZE));
+        const settable = Object.entries(abi.REGISTER_OFFSETS).filter(([name]) =>
+          abi.isSettable(name as keyof Registers),
+        );
+        const values = settable.map(([name, offset]) => [name, view.getBigUint64(offset, true)]);
+        machine.setRegisters(vcpu as number, Object.fromEntries(values));
+        return abi.STATUS_SUCCESS;
+      },
       vmi_register_event: (_vmi, event) => {
         this.#events.push(event as bigint);
         return abi.STATUS_SUCCESS;
