@@ -41,7 +41,8 @@ const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'too-many-entries': 'the table has more entries than a handler has blocks',
   'jump-out-of-range': 'the slack is more than 2 GB away',
   'not-adjacent': 'with `--handler fused`: other code stands between the load and the jump',
-  'branch-target': 'with `--handler fused`: something branches to code between the load and the jump',
+  'branch-target': 'with `--handler fused`: something branches to the `add` or the `jmp` behind the load',
+  'add-too-long': 'with `--handler fused`: the `add` behind the load does not fit into a block',
   retpoline: 'with `--handler fused`: the kernel has replaced the jump by one that does not speculate',
 };
 

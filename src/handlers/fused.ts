@@ -1,6 +1,7 @@
 import type { Gva } from '../vmi/address.js';
 import { computedJump } from './computed-jump.js';
 import { movImmediate } from './encoding.js';
+import { JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
 import { stridedLayout } from './strided.js';
@@ -15,7 +16,9 @@ export interface Dispatch {
 export type FusedRefusal =
   | LoadRefusal
   /** dst is idx, and no other register is known to hold an address. */
-  | 'no-register-for-address';
+  | 'no-register-for-address'
+  /** With what else a block holds, it does not fit. */
+  | 'add-too-long';
 
 const STRIDE = 16;
 
@@ -35,6 +38,8 @@ export function fusedLayout(
   if (refused !== undefined) return { refused };
   const jump = computedJump(load, STRIDE);
   if (jump === undefined) return { refused: 'no-register-for-address' };
+  const longest = movImmediate(load.dst, 0).length + dispatch.add.length + JUMP_LENGTH;
+  if (longest > STRIDE) return { refused: 'add-too-long' };
   const rip = load.gva + BigInt(load.length);
   const blocks = Array.from(entries, (entry) => ({
     steps: [

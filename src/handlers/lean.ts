@@ -89,7 +89,7 @@ function tightLayout(
       bytes.set(fromRear, rear);
       const exits = headerExits(load, jump, handler, handler + BigInt(blocks));
       const done = { rip: back };
-      for (const at of [jump.length, rear]) exits.set(handler + BigInt(at), done);
+      for (const at of front > 0 ? [jump.length, rear] : [rear]) exits.set(handler + BigInt(at), done);
       for (const [k, code] of codes.entries()) {
         const jumpAt = blocks + k * TIGHT_STRIDE + code.length;
         const reachesRear = codes.length - k <= REACHING_REAR;

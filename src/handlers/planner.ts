@@ -74,12 +74,16 @@ export function planHandlers(
 
 /**
  * The handlers that `freeSlack` bytes allow, in the same order: a fast but large one must not use up what other loads
- * will need. The smallest is always allowed.
+ * will need. The smallest is always allowed, and `seed` where no other can be placed.
  */
 export function affordable(plans: readonly HandlerPlanning[], freeSlack: number): Candidate[] {
   const candidates = plans.filter(isCandidate);
-  const smallest = Math.min(...candidates.map(({ layout }) => layout.size));
-  return candidates.filter(({ layout: { size } }) => size === smallest || size * SPARE_HANDLERS <= freeSlack);
+  const sizes = candidates.filter(({ encoder }) => encoder !== 'seed').map(({ layout }) => layout.size);
+  const smallest = Math.min(...sizes);
+  return candidates.filter(
+    ({ encoder, layout: { size } }) =>
+      encoder === 'seed' || size === smallest || size * SPARE_HANDLERS <= freeSlack,
+  );
 }
 
 /** Why no handler faster than `taken` was taken, by name. */

@@ -33,6 +33,7 @@ export function stridedLayout(
   blocks: readonly Block[],
 ): HandlerLayout {
   const blockLength = sum(blocks[0]!.steps.map(({ code }) => code.length)) + JUMP_LENGTH;
+  if (blockLength > stride) throw new RangeError(`blocks of ${blockLength} bytes do not fit ${stride}`);
   const isAligned = BigInt(stride) % ALIGNMENT === 0n;
   const padding = isAligned ? Number(ALIGNMENT) - 1 : 0;
   const size = padding + jump.length + (blocks.length - 1) * stride + blockLength;

@@ -203,6 +203,8 @@ export class Engine {
     this.#monitor.forgetWrites();
     for (const redirection of retired) {
       this.#redirections.disable(redirection);
+      // It ends in code that is the guest's no longer.
+      redirection.evacuation = undefined;
       for (const site of this.#sites.all()) {
         if (site.redirection !== redirection) continue;
         site.state = 'ignored';

@@ -17,7 +17,7 @@ export interface Redirection {
   readonly code: CodeChange;
   readonly slack: SlackBlock;
   /** How a vCPU gets out of our code; absent where it has to leave by itself. */
-  readonly evacuation: Evacuation | undefined;
+  evacuation: Evacuation | undefined;
   /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
   jump: CodeChange | undefined;
 }

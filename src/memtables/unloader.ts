@@ -24,7 +24,9 @@ export class Unloader {
   #scans = 0;
   #blocked = 0;
   #inHandlers = 0;
-  #evacuated = 0;
+  /** By vCPU and RIP: where registers are set only as the guest resumes, the next scan may find the same again. */
+  readonly #evacuated = new Set<string>();
+  #canEvacuate = true;
 
   constructor(
     private readonly hypervisor: Hypervisor,
@@ -69,7 +71,7 @@ export class Unloader {
       scans: this.#scans,
       blocked: this.#blocked,
       inHandlerAtScan: this.#inHandlers,
-      evacuated: this.#evacuated,
+      evacuated: this.#evacuated.size,
       seconds: (performance.now() - started) / 1000,
     };
   }
@@ -95,6 +97,16 @@ export class Unloader {
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
+  /** A vCPU also leaves by itself: a hypervisor that does not set registers is no reason to give up. */
+  #tryToEvacuate(): void {
+    try {
+      this.#evacuate();
+    } catch (error) {
+      if (!(error instanceof MemtablesError) || error.code !== 'HYPERVISOR_FAILED') throw error;
+      this.#canEvacuate = false;
+    }
+  }
+
   /**
    * Takes the vCPUs out of handlers that can be left anywhere. The scan then reads their registers anew: where the
    * hypervisor sets them only as it resumes (KVM), it is the next scan that finds them gone.
@@ -108,7 +120,7 @@ export class Unloader {
         const outside = evacuation?.registersFor(registers);
         if (outside === undefined) continue;
         this.hypervisor.setRegisters(vcpu, outside);
-        this.#evacuated++;
+        this.#evacuated.add(`${vcpu} ${registers.rip}`);
         break;
       }
     }
@@ -117,7 +129,7 @@ export class Unloader {
   /** Returns what stands in the way, if anything does. */
   #tryRemoveAll(patient: boolean): Obstacles | undefined {
     this.disable();
-    this.#evacuate();
+    if (this.#canEvacuate) this.#tryToEvacuate();
     const entries = this.redirections.entryRanges();
     const code = this.redirections.codeRanges(this.redirections.all());
     const scan = scanGuest(this.hypervisor, this.kernel, [...entries, ...code]);

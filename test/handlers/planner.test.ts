@@ -65,6 +65,8 @@ describe('the whole switch is left to its own code, and only the load replaced,'
     ['branch-target', { add: { ...proof(4).add, ...at } }],
     ['branch-target', { jmp: { ...proof(4).jmp, isBranchTarget: true } }],
     ['retpoline', { jmp: { ...proof(4).jmp, retpoline: true } }],
+    // Prefixes that change nothing.
+    ['add-too-long', { add: { ...proof(4).add, bytes: Buffer.from('2e2e2e2e4803ca', 'hex') } }],
   ] as const)('%s', (reason, change) => {
     const plans = planHandlers({ ...proof(4), ...change }, IMAGE_BASE, 'auto');
     const [taken] = affordable(plans, Infinity);
@@ -80,7 +82,13 @@ describe('little slack', () => {
     expect(names(affordable(plans, 282 * 32 - 1))[0]).toBe('lean-roomy');
     expect(names(affordable(plans, 267 * 32 - 1))[0]).toBe('lean-dense');
     expect(names(affordable(plans, 174 * 32 - 1))[0]).toBe('lean-tight');
-    expect(names(affordable(plans, 0))).toEqual(['lean-tight']);
+    expect(names(affordable(plans, 0))).toEqual(['lean-tight', 'seed']);
+  });
+
+  it('does not bring in the slow seed where that is a few bytes smaller', () => {
+    const registers = { destination: 'r9', index: 'r9' } as const;
+    const plans = planHandlers({ ...proof(64), ...registers }, IMAGE_BASE, 'auto');
+    expect(names(affordable(plans, 0))).toEqual(['lean-dense', 'seed']);
   });
 
   it('is the reason why a faster one was passed over; slower ones are not mentioned', () => {

@@ -1,4 +1,5 @@
 import { describe, expect, test } from 'vitest';
+import { MemtablesError } from '../../src/errors.js';
 import type { RefusalHazard } from '../../src/guest/artefacts.js';
 import { ENCODERS } from '../../src/handlers/planner.js';
 import { processes } from '../../src/nt/processes.js';
@@ -384,6 +385,18 @@ describe.each(['lean', 'fused'] as const)('a vCPU inside a %s handler', (handler
       expect(guest.report().bugCheck).toBeUndefined();
     },
   );
+
+  test('is waited for where its registers cannot be set', () => {
+    const { guest, before, engine, events } = relocatedGuest({ vcpus: 1, handler });
+    stepInto(guest, 0, (rip) => handlerAt(events, rip));
+    guest.hypervisor.setRegisters = () => {
+      throw new MemtablesError('HYPERVISOR_FAILED', 'not supported', { remedy: 'none' });
+    };
+    guest.startTimer();
+    expect(engine.unload().evacuated).toBe(0);
+    expect(guest.image()).toBe(before);
+    expect(guest.wrongStreams()).toEqual([]);
+  });
 });
 
 describe('whatever call fails', () => {
