@@ -4,7 +4,7 @@ import { affordable, type Candidate, planHandlers } from '../handlers/planner.js
 import { MAX_ENTRIES } from '../handlers/refusal.js';
 import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
-import type { ProvenSwitch, RefusalReason, SwitchSite } from '../switches/table.js';
+import type { ProvenSwitch, RefusalReason, RefusedSwitch, SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
 import { reportError, toJson } from './output.js';
@@ -59,12 +59,18 @@ export function scanFile(
   out.write(summaryText(summary));
 }
 
+/** A load, with the fastest handler if slack were no question: none where the table has too many entries for any. */
+type ListedSite = (ProvenSwitch & { readonly handler: Candidate | undefined }) | RefusedSwitch;
+
 /** Of several files, an error has to say which. */
-function scan(path: string): { readonly image: PeImage; readonly sites: readonly SwitchSite[] } {
+function scan(path: string): { readonly image: PeImage; readonly sites: readonly ListedSite[] } {
   const bytes = readImageFile(path);
   try {
     const image = PeImage.fromFile(bytes);
-    return { image, sites: scanImage(image) };
+    const sites = scanImage(image).map((site) =>
+      site.proven ? { ...site, handler: handlerOf(image, site) } : site,
+    );
+    return { image, sites };
   } catch (cause) {
     if (!(cause instanceof MemtablesError)) throw cause;
     const { code, message, remedy, context } = cause;
@@ -87,7 +93,7 @@ function readImageFile(path: string): Uint8Array {
   }
 }
 
-function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<string, unknown> {
+function siteRecord(file: string, image: PeImage, site: ListedSite): Record<string, unknown> {
   const head = {
     type: 'site',
     file,
@@ -99,7 +105,7 @@ function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<stri
     proven: site.proven,
   };
   if (!site.proven) return { ...head, reason: site.reason };
-  const handler = handlerOf(image, site);
+  const { handler } = site;
   return {
     ...head,
     entries: site.entries,
@@ -115,7 +121,6 @@ function siteRecord(file: string, image: PeImage, site: SwitchSite): Record<stri
   };
 }
 
-/** The fastest handler, if slack were no question; `undefined` when the table has too many entries for any. */
 function handlerOf(image: PeImage, site: ProvenSwitch): Candidate | undefined {
   return affordable(planHandlers(site, image.imageBase, 'auto'), Infinity)[0];
 }
@@ -143,7 +148,7 @@ interface Summary extends Record<string, unknown> {
   readonly handlerBytes: number;
 }
 
-function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): Summary {
+function summarise(file: string, image: PeImage, sites: readonly ListedSite[]): Summary {
   const loads = { 'one-level': 0, 'two-level': 0 };
   const proven = { 'one-level': 0, 'two-level': 0 };
   const refused: Partial<Record<RefusalReason, number>> = {};
@@ -159,7 +164,7 @@ function summarise(file: string, image: PeImage, sites: readonly SwitchSite[]): 
     if (site.proven) {
       proven[site.form]++;
       lengths.push(site.entries);
-      handlers.push(handlerOf(image, site)?.layout.size);
+      handlers.push(site.handler?.layout.size);
     } else refused[site.reason] = (refused[site.reason] ?? 0) + 1;
   }
   lengths.sort((a, b) => a - b);
@@ -191,20 +196,16 @@ function header(path: string, image: PeImage): string {
 }
 
 /** The loads whose table lies in code, a line each: the others are only counted. */
-function siteTable(image: PeImage, sites: readonly SwitchSite[]): string {
+function siteTable(image: PeImage, sites: readonly ListedSite[]): string {
   const listed = sites.filter((site) => isInCode(image, site));
   if (listed.length === 0) return '';
-  const handlerSize = (site: SwitchSite) => {
-    const handler = site.proven ? handlerOf(image, site) : undefined;
-    return handler === undefined ? '-' : `${handler.layout.size} B`;
-  };
   const rows = listed.map((site) => [
     hex(site.rva),
     image.sectionAt(site.rva)?.name ?? '',
     site.form ?? '',
     site.table === undefined ? '' : hex(site.table),
     site.proven ? String(site.entries) : '-',
-    handlerSize(site),
+    site.proven && site.handler ? `${site.handler.layout.size} B` : '-',
     site.proven ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
