@@ -122,17 +122,17 @@ export class Engine {
   work(): void {
     if (!this.#monitor.hasWork) return;
     const site = this.#monitor.takeSite();
-    const proof = site && this.#relocator.prove(site);
-    if (proof !== undefined && 'type' in proof) {
-      this.#options.report(proof);
+    const prepared = site && this.#relocator.prepare(site);
+    if (prepared !== undefined && 'type' in prepared) {
+      this.#options.report(prepared);
       // The guest need not be paused for it; what else there is to do the next step does.
       return;
     }
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
       this.#unloader.removeDisabled();
-      if (site !== undefined && proof !== undefined)
-        this.#options.report(this.#relocator.relocate(site, proof));
+      if (site !== undefined && prepared !== undefined)
+        this.#options.report(this.#relocator.relocate(site, prepared));
     });
   }
 

@@ -31,6 +31,11 @@ interface Placed {
   readonly slack: SlackBlock;
 }
 
+interface Prepared {
+  readonly proof: ProvenSwitch;
+  readonly plans: readonly HandlerPlanning[];
+}
+
 /** Replaces a hot table load by a jump to a handler that loads immediates. */
 export class Relocator {
   readonly #recogniser: SwitchRecogniser;
@@ -47,12 +52,13 @@ export class Relocator {
   }
 
   /**
-   * What is proven about `site` from the image as it was at discovery; otherwise marks it as ignored and says why.
-   * Takes its time and needs no pause.
+   * What is proven about `site` from the image as it was at discovery, and what it can be replaced by; otherwise marks
+   * it as ignored and says why. Takes its time and needs no pause.
    */
-  prove(site: Site): ProvenSwitch | Outcome {
+  prepare(site: Site): Prepared | Outcome {
     const proof = this.#proofOf(site);
-    return typeof proof === 'string' ? ignore(site, proof) : proof;
+    if (typeof proof === 'string') return ignore(site, proof);
+    return { proof, plans: planHandlers(proof, this.kernel.base, this.handler) };
   }
 
   /**
@@ -60,11 +66,10 @@ export class Relocator {
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
-  relocate(site: Site, proof: ProvenSwitch): Outcome {
+  relocate(site: Site, { proof, plans }: Prepared): Outcome {
     if (this.redirections.overlapping(site.rip, proof.length) !== undefined)
       return ignore(site, 'overlaps-hook');
     if (!this.#isUnchanged(proof)) return ignore(site, 'code-has-changed');
-    const plans = planHandlers(proof, this.kernel.base, this.handler);
     const placed = this.#place(plans);
     return typeof placed === 'string' ? ignore(site, placed) : this.#install(site, proof, plans, placed);
   }
