@@ -105,7 +105,7 @@ function attachFailure(
   socket: string | undefined,
   waited: boolean,
 ): MemtablesError {
-  const what = `${abi.INIT_ERRORS[code] ?? `error ${code}`}`;
+  const what = abi.INIT_ERRORS[code] ?? `error ${code}`;
   const [where, remedy] =
     socket === undefined ? ['Xen', xenRemedy(code)] : [socket, kvmRemedy(code, library, socket, waited)];
   return new MemtablesError('ATTACH_FAILED', `could not attach to ${name} on ${where}: ${what}`, {

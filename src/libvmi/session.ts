@@ -187,23 +187,23 @@ export class LibvmiSession implements Hypervisor {
   /** Until an answer that takes several events is through, the guest has to run, and memory is not what it is to be. */
   #finishStep(): void {
     const deadline = performance.now() + STEP_MS;
-    while (this.#answering.busy) {
-      if (performance.now() > deadline) {
-        throw new MemtablesError(
-          'HYPERVISOR_STUCK',
-          'a vCPU did not finish the instruction it was to step over',
-          {
-            remedy: 'Check that the hypervisor reports single steps.',
-            context: { limitMs: STEP_MS },
-          },
-        );
-      }
-      this.#answering.accepting = false;
-      try {
+    this.#answering.accepting = false;
+    try {
+      while (this.#answering.busy) {
+        if (performance.now() > deadline) {
+          throw new MemtablesError(
+            'HYPERVISOR_STUCK',
+            'a vCPU did not finish the instruction it was to step over',
+            {
+              remedy: 'Check that the hypervisor reports single steps.',
+              context: { limitMs: STEP_MS },
+            },
+          );
+        }
         this.#listen(STEP_LISTEN_MS);
-      } finally {
-        this.#answering.accepting = true;
       }
+    } finally {
+      this.#answering.accepting = true;
     }
   }
 

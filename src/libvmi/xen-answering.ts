@@ -123,7 +123,7 @@ export class XenAnswering implements Answering {
     const hit = frame.pieces.filter(({ gpa, original }) =>
       original.some((_, index) => isWritten(pageOffset(gpa) + index)),
     );
-    if (now.some((_, offset) => isWritten(offset))) this.hidden?.written(gfn, hit);
+    if (now.some((_, offset) => isWritten(offset))) this.hidden?.written(hit);
     for (const { gpa, current } of frame.pieces) {
       const at = pageOffset(gpa);
       this.#write(

@@ -91,7 +91,7 @@ export class Monitor implements HiddenMemory {
     return this.cloaks.on(gfn);
   }
 
-  written(_gfn: Gfn, pieces: readonly HiddenPiece[]): void {
+  written(pieces: readonly HiddenPiece[]): void {
     this.#wroteAt = performance.now();
     // Which virtual addresses the frame has is not known.
     this.instructions.clear();

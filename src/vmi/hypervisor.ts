@@ -44,8 +44,8 @@ export interface HiddenMemory {
    */
   onlyRead(violation: Violation): number | undefined;
   piecesOn(gfn: Gfn): readonly HiddenPiece[];
-  /** While the frame was shown the guest has written to it, and to these of its pieces; what it wrote is there. */
-  written(gfn: Gfn, pieces: readonly HiddenPiece[]): void;
+  /** While a frame was shown the guest has written to it, and to these of its pieces; what it wrote is there. */
+  written(pieces: readonly HiddenPiece[]): void;
 }
 
 /**

@@ -49,7 +49,7 @@ beforeEach(() => {
     {
       onlyRead: () => onlyRead,
       piecesOn: (gfn) => pieces.filter((piece) => gfnOf(piece.gpa) === gfn),
-      written: (_gfn, hit) => written.push(hit),
+      written: (hit) => written.push(hit),
     },
   );
 });
