@@ -1,8 +1,8 @@
 import { EXIT } from '../cli/exit-codes.js';
 import { log, type Output } from '../cli/output.js';
 import { stopRequest } from '../cli/stop.js';
-import { MemtablesError } from '../errors.js';
 import { loadLibvmi } from '../libvmi/library.js';
+import { stopped } from './benchmark.js';
 import { benchEvents } from './events.js';
 import { stayOnOneProcessor } from './one-processor.js';
 import { disturbance, type Measured, type Round, type Summary } from './split.js';
@@ -37,19 +37,12 @@ export async function eventsCommand(options: EventsCommandOptions, output: Outpu
     },
     stop,
   ).catch((error: unknown) => {
-    throw stop.aborted ? stopped(stop.reason) : error;
+    throw stop.aborted ? stopped('--seconds and --rounds make', stop.reason) : error;
   });
   output.result({ type: 'summary', ...summary }, describeSummary(summary));
   if (disturbance(rounds) > MOST_DISTURBANCE) {
     log.warn('other programs kept the processor busy: measure again on an idle machine');
   }
-}
-
-function stopped(cause: unknown): MemtablesError {
-  return new MemtablesError('BENCH_FAILED', 'the benchmark was stopped before it was through', {
-    remedy: 'Run it again and let it finish; --seconds and --rounds make it shorter.',
-    cause,
-  });
 }
 
 function describeRound(round: Round, number: number): string {

@@ -6,10 +6,10 @@ import {
   DEFAULT_THRESHOLD,
   DEFAULT_UNLOAD_SECONDS,
 } from '../attachment/attachment.js';
-import { EXIT, EXIT_CODE_HELP } from './exit-codes.js';
+import { EXIT_CODE_HELP } from './exit-codes.js';
 import { handler, integer, json, library, seconds, seed } from './options.js';
 import { Output } from './output.js';
-import { run } from './run.js';
+import { exitAsDocumented, run } from './run.js';
 
 function hooks(name: string, previous: readonly string[] = []): string[] {
   if (!/^nt!./.test(name))
@@ -36,7 +36,7 @@ const program = new Command('memtables')
   )
   .version(version(), '--version')
   .showHelpAfterError('(see --help)')
-  .exitOverride((error) => process.exit(error.exitCode === 0 ? EXIT.ok : EXIT.usage))
+  .exitOverride(exitAsDocumented)
   .addHelpText('afterAll', EXIT_CODE_HELP);
 
 program

@@ -1,7 +1,13 @@
 import { setImmediate as turn } from 'node:timers/promises';
 import { MemtablesError } from '../errors.js';
+import { EXIT } from './exit-codes.js';
 import { exitNow } from './exit-now.js';
 import { assertResultsWritten, reportError } from './output.js';
+
+/** For commander: ends the process with an exit code of ours. */
+export function exitAsDocumented({ exitCode }: { readonly exitCode: number }): never {
+  process.exit(exitCode === 0 ? EXIT.ok : EXIT.usage);
+}
 
 /**
  * Runs a command, and reports what it throws. A command is loaded when it is used: the decoder alone takes as long as

@@ -1,7 +1,7 @@
 import { EXIT } from '../../cli/exit-codes.js';
 import { log, type Output } from '../../cli/output.js';
 import { stopRequest } from '../../cli/stop.js';
-import { MemtablesError } from '../../errors.js';
+import { stopped } from '../benchmark.js';
 import { stayOnOneProcessor } from '../one-processor.js';
 import { CASES, type Cell, geomeans, measureCells } from './cells.js';
 
@@ -17,7 +17,7 @@ export async function handlersCommand({ rounds }: HandlersCommandOptions, output
   for (const cases of CASES) {
     log.info(`measuring a switch with ${cases} cases`);
     const cells = await measureCells(cases, rounds, stop).catch((error: unknown) => {
-      throw stop.aborted ? stopped(stop.reason) : error;
+      throw stop.aborted ? stopped('--rounds makes', stop.reason) : error;
     });
     for (const cell of cells) output.result({ type: 'cell', ...cell }, describe(cell, cell === cells[0]));
     all.push(...cells);
@@ -28,13 +28,6 @@ export async function handlersCommand({ rounds }: HandlersCommandOptions, output
     { type: 'summary', geomeanToUntouched },
     `\ntimes the untouched switch, geometric mean: ${means.join(', ')}`,
   );
-}
-
-function stopped(cause: unknown): MemtablesError {
-  return new MemtablesError('BENCH_FAILED', 'the benchmark was stopped before it was through', {
-    remedy: 'Run it again and let it finish; --rounds makes it shorter.',
-    cause,
-  });
 }
 
 const HEADER = ['', 'cases  order    handler     bytes  untouched cycles  to untouched  to seed', ''].join(
