@@ -12,9 +12,11 @@ import { createHeartbeat, Watchdog } from '../../src/libvmi/watchdog.js';
 import type { Violation } from '../../src/vmi/hypervisor.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
 import { GPR_NAMES, type Registers } from '../../src/x86/registers.js';
+import { EventId, Id } from '../kvmi/peer.js';
 import { LIBRARIES } from '../libvmi/libraries.js';
 import { Peer } from '../libvmi/peer.js';
 import type { PageFault } from '../libvmi/peer-thread.js';
+import { codeOf } from '../support/code-of.js';
 
 const VCPUS = 2;
 const FRAMES = 64;
@@ -26,19 +28,6 @@ const EXECUTE = 4;
 const ALL_ACCESS = 7;
 const EXECUTE_ONLY = 4;
 
-const EVENT_REPLY = 0;
-const GET_VERSION = 2;
-const GET_GUEST_INFO = 5;
-const PAUSE_VCPU = 7;
-const CONTROL_EVENTS = 9;
-const GET_REGISTERS = 13;
-const SET_REGISTERS = 14;
-const READ_PHYSICAL = 17;
-const WRITE_PHYSICAL = 18;
-const SET_PAGE_ACCESS = 21;
-const CONTROL_CMD_RESPONSE = 27;
-const GET_MAX_GFN = 29;
-const SINGLE_STEP_EVENT = 11;
 const CR0 = 224;
 const CR4 = 248;
 const CR4_PAE = 1n << 5n;
@@ -50,15 +39,6 @@ const FRAME = 3n;
 
 function fault(overrides: Partial<PageFault> = {}): PageFault {
   return { vcpu: 0, gva: GVA, gpa: GPA, access: READ, rip: 0xffff_f800_0000_0042n, ...overrides };
-}
-
-function codeOf(action: () => unknown): string {
-  try {
-    action();
-  } catch (error) {
-    return (error as MemtablesError).code ?? String(error);
-  }
-  return 'nothing thrown';
 }
 
 describe.each(LIBRARIES)('a session on $library', ({ path }) => {
@@ -186,7 +166,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     test('that was refused once is asked for again after the caches were flushed', () => {
       peer.ask('setMemory', 0x5000, Buffer.from([0x5a]));
       const session = open();
-      peer.ask('onCommand', { command: READ_PHYSICAL, action: 'refuse' });
+      peer.ask('onCommand', { command: Id.readPhysical, action: 'refuse' });
       expect(codeOf(() => session.readPhysical(0x5000n, 1))).toBe('HYPERVISOR_FAILED');
       session.flushCaches();
       expect(session.readPhysical(0x5000n, 1)[0]).toBe(0x5a);
@@ -501,7 +481,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
 
     test('a single step that nobody asked for is answered', () => {
       const session = open();
-      peer.ask('event', 1, SINGLE_STEP_EVENT, new Uint8Array(8));
+      peer.ask('event', 1, EventId.singleStep, new Uint8Array(8));
       expect(session.listen(PATIENCE_MS)).toBe(1);
       peer.ask('running');
     });
@@ -551,7 +531,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       session.onViolation(() => {
         throw failure;
       });
-      peer.ask('onCommand', { command: PAUSE_VCPU, vcpu: 1, action: fault({ vcpu: 1 }) });
+      peer.ask('onCommand', { command: Id.pauseVcpu, vcpu: 1, action: fault({ vcpu: 1 }) });
       session.pause();
       expect(() => session.resume()).toThrow(failure);
       peer.ask('running');
@@ -566,7 +546,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
         order.push('violation');
         return undefined;
       });
-      peer.ask('onCommand', { command: PAUSE_VCPU, vcpu: 1, action: fault({ vcpu: 1 }) });
+      peer.ask('onCommand', { command: Id.pauseVcpu, vcpu: 1, action: fault({ vcpu: 1 }) });
       whileQuiescent(session, () => order.push('work'));
       expect(order).toEqual(['violation', 'work']);
       peer.ask('running');
@@ -602,21 +582,21 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     });
 
     test.each<[string, number, (session: LibvmiSession) => unknown]>([
-      ['a read', READ_PHYSICAL, (session) => session.readPhysical(0x9000n, 1)],
-      ['a translation', READ_PHYSICAL, (session) => session.translate(0x9000n, GVA)],
-      ['a register read', GET_REGISTERS, (session) => session.registers(0)],
-      ['trapping', SET_PAGE_ACCESS, (session) => session.trapAccess(FRAME)],
-      ['releasing', SET_PAGE_ACCESS, (session) => session.releaseAccess(FRAME)],
-      ['pausing', PAUSE_VCPU, (session) => session.pause()],
-      ['the end of pausing', CONTROL_CMD_RESPONSE, (session) => session.pause()],
+      ['a read', Id.readPhysical, (session) => session.readPhysical(0x9000n, 1)],
+      ['a translation', Id.readPhysical, (session) => session.translate(0x9000n, GVA)],
+      ['a register read', Id.getRegisters, (session) => session.registers(0)],
+      ['trapping', Id.setPageAccess, (session) => session.trapAccess(FRAME)],
+      ['releasing', Id.setPageAccess, (session) => session.releaseAccess(FRAME)],
+      ['pausing', Id.pauseVcpu, (session) => session.pause()],
+      ['the end of pausing', Id.controlCommandResponse, (session) => session.pause()],
       [
         'a write',
-        WRITE_PHYSICAL,
+        Id.writePhysical,
         (session) => whileQuiescent(session, () => session.writePhysical(0n, Buffer.from([1]))),
       ],
       [
         'setting registers',
-        SET_REGISTERS,
+        Id.setRegisters,
         (session) => whileQuiescent(session, () => session.setRegisters(0, session.registers(0))),
       ],
     ])('during %s', (_name, command, call) => {
@@ -629,7 +609,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     test('during resuming, which it does not confirm: the next call says so', () => {
       const session = open();
       session.pause();
-      peer.ask('onCommand', { command: EVENT_REPLY, action: 'die' });
+      peer.ask('onCommand', { command: Id.eventReply, action: 'die' });
       expect(codeOf(() => session.resume())).toMatch(/^(nothing thrown|HYPERVISOR_GONE)$/);
       peer.ask('disconnected');
       expectGone(session);
@@ -656,7 +636,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
 
     test('inside the handler', () => {
       const session = open();
-      peer.ask('onCommand', { command: READ_PHYSICAL, action: 'die' });
+      peer.ask('onCommand', { command: Id.readPhysical, action: 'die' });
       session.onViolation(() => session.readPhysical(0x9000n, 1));
       peer.ask('fault', fault());
       expect(codeOf(() => session.listen(PATIENCE_MS))).toBe('HYPERVISOR_GONE');
@@ -673,11 +653,11 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     });
 
     test.each([
-      ['gives permissions back', SET_PAGE_ACCESS],
-      ['drains', GET_REGISTERS],
-      ['pauses the guest', PAUSE_VCPU],
-      ['switches events off', CONTROL_EVENTS],
-      ['lets the guest go on', EVENT_REPLY],
+      ['gives permissions back', Id.setPageAccess],
+      ['drains', Id.getRegisters],
+      ['pauses the guest', Id.pauseVcpu],
+      ['switches events off', Id.controlEvents],
+      ['lets the guest go on', Id.eventReply],
     ])('while a session that closes %s', (_name, command) => {
       const session = open();
       session.trapAccess(FRAME);
@@ -688,10 +668,10 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     });
 
     test.each([
-      ['tells its vCPUs', GET_GUEST_INFO],
-      ['switches events on', CONTROL_EVENTS],
-      ['tells the size of memory', GET_MAX_GFN],
-      ['tells the paging mode', GET_REGISTERS],
+      ['tells its vCPUs', Id.getGuestInfo],
+      ['switches events on', Id.controlEvents],
+      ['tells the size of memory', Id.getMaxGfn],
+      ['tells the paging mode', Id.getRegisters],
     ])('while it %s, and one that comes then is attached to', (_name, command) => {
       peer.ask('onCommand', { command, action: 'die' });
       expect(codeOf(open)).toMatch(/^(ATTACH_FAILED|HYPERVISOR_GONE)$/);
@@ -700,14 +680,14 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
     });
 
     test('before it has told its version: the next one that comes is attached to', () => {
-      peer.ask('onCommand', { command: GET_VERSION, action: 'die' });
+      peer.ask('onCommand', { command: Id.getVersion, action: 'die' });
       expect(open().vcpuCount).toBe(VCPUS);
     });
 
     test('in effect, by refusing everything, is left at once', () => {
       const session = open();
-      peer.ask('onCommand', { command: READ_PHYSICAL, action: 'refuse' });
-      peer.ask('onCommand', { command: GET_REGISTERS, action: 'refuse' });
+      peer.ask('onCommand', { command: Id.readPhysical, action: 'refuse' });
+      peer.ask('onCommand', { command: Id.getRegisters, action: 'refuse' });
       expect(codeOf(() => session.readPhysical(0x9000n, 1))).toBe('HYPERVISOR_GONE');
       peer.ask('disconnected');
       expectGone(session);
@@ -729,7 +709,7 @@ describe.each(LIBRARIES)('a session on $library', ({ path }) => {
       const data = Uint8Array.of(1, 2, 3, 4);
       session.onViolation(() => data);
       peer.ask('fault', fault());
-      peer.ask('onCommand', { command: SET_PAGE_ACCESS, action: fault({ vcpu: 1 }) });
+      peer.ask('onCommand', { command: Id.setPageAccess, action: fault({ vcpu: 1 }) });
       session.close();
       peer.ask('disconnected');
       expect(peer.ask('answers', 2)).toMatchObject([{ data }, { data }]);

@@ -56,6 +56,19 @@ export interface Case {
   readonly start: (typeof STARTS)[number];
 }
 
+/** False for the only choice that leaves no register for an address without a stack. */
+export const hasAddressRegister = ({ dst, idx, base }: Case): boolean => dst !== idx || dst !== base;
+
+/** dst and idx, for tables that are too large to try with every pair. */
+export const SOME_PAIRS = [
+  ['rcx', 'rax'],
+  ['rax', 'rax'],
+  ['rbp', 'rbp'],
+  ['r12', 'r13'],
+  ['r13', 'r13'],
+  ['r9', 'rdx'],
+] as const;
+
 /** mov dst, dword ptr [base + idx*4 + displacement] */
 function encodeLoad({ dst, idx, base }: Pick<Case, 'dst' | 'idx' | 'base'>, displacement: number): Buffer {
   const [d, x, b] = [dst, idx, base].map((name) => GPR_NAMES.indexOf(name)) as [number, number, number];

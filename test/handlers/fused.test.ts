@@ -1,22 +1,10 @@
 import { describe, expect, it } from 'vitest';
 import { type Dispatch, fusedLayout } from '../../src/handlers/fused.js';
 import type { TableLoad } from '../../src/handlers/plan.js';
+import { HANDLER, IMAGE_BASE, LOAD } from './load.js';
 
-const IMAGE_BASE = 0xffff_8000_1200_0000n;
-/** `mov ecx, dword ptr [rdx+rax*4+...]` */
-const LOAD: TableLoad = {
-  gva: 0xffff_8000_1234_0000n,
-  length: 7,
-  dst: 'rcx',
-  dstBits: 32,
-  idx: 'rax',
-  base: 'rdx',
-  baseValue: IMAGE_BASE,
-  addressBits: 64,
-};
 /** `add rcx, rdx; jmp rcx` */
 const DISPATCH: Dispatch = { add: Buffer.from('4803ca', 'hex'), imageBase: IMAGE_BASE };
-const HANDLER = 0xffff_8000_5678_0000n;
 
 function planned(entries: readonly number[], load: Partial<TableLoad> = {}, handler = HANDLER) {
   const layout = fusedLayout({ ...LOAD, ...load }, DISPATCH, Uint32Array.from(entries));

@@ -1,19 +1,8 @@
 import { describe, expect, it } from 'vitest';
 import { LEAN_PACKINGS, type LeanPacking, leanLayout } from '../../src/handlers/lean.js';
 import type { TableLoad } from '../../src/handlers/plan.js';
+import { HANDLER, LOAD } from './load.js';
 
-/** `mov ecx, dword ptr [rdx+rax*4+...]` */
-const LOAD: TableLoad = {
-  gva: 0xffff_8000_1234_0000n,
-  length: 7,
-  dst: 'rcx',
-  dstBits: 32,
-  idx: 'rax',
-  base: 'rdx',
-  baseValue: 0xffff_8000_1200_0000n,
-  addressBits: 64,
-};
-const HANDLER = 0xffff_8000_5678_0000n;
 const ENTRIES = Uint32Array.of(0x1000, 0x2000);
 
 interface Change {

@@ -3,18 +3,8 @@ import type { TableLoad } from '../../src/handlers/plan.js';
 import { MAX_ENTRIES } from '../../src/handlers/refusal.js';
 import { SEED_BLOCK_SIZE, SEED_HEADER_SIZE, seedLayout } from '../../src/handlers/seed.js';
 import { GPR_NAMES } from '../../src/x86/registers.js';
+import { HANDLER, LOAD } from './load.js';
 
-/** The example of HVMI's documentation: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
-const LOAD: TableLoad = {
-  gva: 0xffff_8000_1234_0000n,
-  length: 7,
-  dst: 'rcx',
-  dstBits: 32,
-  idx: 'rax',
-  base: 'rdx',
-  addressBits: 64,
-};
-const HANDLER = 0xffff_8000_5678_0000n;
 const ENTRIES = Uint32Array.of(0x1000, 0x2000, 0x3000, 0x4000);
 
 function planned(load: Partial<TableLoad> = {}, entries = ENTRIES, handler = HANDLER) {

@@ -3,10 +3,10 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { MemtablesError } from '../../src/errors.js';
 import { ACCESS_NONE, FUNCTION_NAMES, type FunctionName } from '../../src/libvmi/abi.js';
 import { openSession } from '../../src/libvmi/open-session.js';
 import { whileQuiescent } from '../../src/vmi/quiescence.js';
+import { codeOf } from '../support/code-of.js';
 
 const SUCCESS: Partial<Record<FunctionName, string>> = {
   vmi_events_version: '9',
@@ -34,15 +34,6 @@ function libraryThatFails(failing: FunctionName, result: string): string {
   });
   execFileSync('cc', ['-shared', '-fPIC', '-x', 'c', '-', '-o', path], { input: functions.join('\n') });
   return path;
-}
-
-function codeOf(action: () => unknown): string {
-  try {
-    action();
-  } catch (error) {
-    return (error as MemtablesError).code ?? String(error);
-  }
-  return 'nothing thrown';
 }
 
 function open(failing: FunctionName, result = '1') {
