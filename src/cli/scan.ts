@@ -4,7 +4,7 @@ import { affordable, type Candidate, planHandlers } from '../handlers/planner.js
 import { MAX_ENTRIES } from '../handlers/refusal.js';
 import { PeImage } from '../nt/pe.js';
 import { scanImage } from '../switches/scan.js';
-import type { ProvenSwitch, RefusalReason, RefusedSwitch, SwitchSite } from '../switches/table.js';
+import type { FoundSwitch, RefusalReason, RefusedSwitch, SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
 import { reportError, toJson } from './output.js';
@@ -60,7 +60,7 @@ export function scanFile(
 }
 
 /** A load, with the fastest handler if slack were no question: none where the table has too many entries for any. */
-type ListedSite = (ProvenSwitch & { readonly handler: Candidate | undefined }) | RefusedSwitch;
+type ListedSite = (FoundSwitch & { readonly handler: Candidate | undefined }) | RefusedSwitch;
 
 /** Of several files, an error has to say which. */
 function scan(path: string): { readonly image: PeImage; readonly sites: readonly ListedSite[] } {
@@ -68,7 +68,7 @@ function scan(path: string): { readonly image: PeImage; readonly sites: readonly
   try {
     const image = PeImage.fromFile(bytes);
     const sites = scanImage(image).map((site) =>
-      site.proven ? { ...site, handler: handlerOf(image, site) } : site,
+      site.found ? { ...site, handler: handlerOf(image, site) } : site,
     );
     return { image, sites };
   } catch (cause) {
@@ -102,9 +102,9 @@ function siteRecord(file: string, image: PeImage, site: ListedSite): Record<stri
     form: site.form,
     table: site.table === undefined ? undefined : hex(site.table),
     tableSection: site.table === undefined ? undefined : image.sectionAt(site.table)?.name,
-    proven: site.proven,
+    proven: site.found,
   };
-  if (!site.proven) return { ...head, reason: site.reason };
+  if (!site.found) return { ...head, reason: site.reason };
   const { handler } = site;
   return {
     ...head,
@@ -117,11 +117,11 @@ function siteRecord(file: string, image: PeImage, site: ListedSite): Record<stri
     back: hex(site.back),
     adjacent: site.adjacent,
     isBranchTarget: site.isBranchTarget,
-    ...(handler && { encoder: handler.encoder, handlerBytes: handler.layout.size }),
+    ...(handler && { encoder: handler.encoder, handlerBytes: handler.size }),
   };
 }
 
-function handlerOf(image: PeImage, site: ProvenSwitch): Candidate | undefined {
+function handlerOf(image: PeImage, site: FoundSwitch): Candidate | undefined {
   return affordable(planHandlers(site, image.imageBase, 'auto'), Infinity)[0];
 }
 
@@ -161,10 +161,10 @@ function summarise(file: string, image: PeImage, sites: readonly ListedSite[]): 
       continue;
     }
     loads[site.form ?? 'one-level']++;
-    if (site.proven) {
+    if (site.found) {
       proven[site.form]++;
       lengths.push(site.entries);
-      handlers.push(site.handler?.layout.size);
+      handlers.push(site.handler?.size);
     } else refused[site.reason] = (refused[site.reason] ?? 0) + 1;
   }
   lengths.sort((a, b) => a - b);
@@ -204,9 +204,9 @@ function siteTable(image: PeImage, sites: readonly ListedSite[]): string {
     image.sectionAt(site.rva)?.name ?? '',
     site.form ?? '',
     site.table === undefined ? '' : hex(site.table),
-    site.proven ? String(site.entries) : '-',
-    site.proven && site.handler ? `${site.handler.layout.size} B` : '-',
-    site.proven ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
+    site.found ? String(site.entries) : '-',
+    site.found && site.handler ? `${site.handler.size} B` : '-',
+    site.found ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
   ]);
   const widths = COLUMNS.map((column, index) =>
     rows.reduce((width, row) => Math.max(width, row[index]!.length), column.length),

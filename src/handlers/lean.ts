@@ -1,6 +1,6 @@
 import { type ComputedJump, computedJump, type Stride } from './computed-jump.js';
 import { INT3, movImmediate } from './encoding.js';
-import { Evacuation } from './evacuation.js';
+import { StacklessEvacuation } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
@@ -78,6 +78,7 @@ function tightLayout(
   const back = load.gva + BigInt(load.length);
   return {
     size,
+    replaces: [load.gva],
     at(handler) {
       const header = jump.encode(handler, handler + BigInt(blocks));
       const site = encodeJump(load.gva, handler, load.length);
@@ -102,8 +103,9 @@ function tightLayout(
       return {
         handler: { gva: handler, bytes },
         site: { gva: load.gva, bytes: site },
+        interior: [],
         blocks,
-        evacuation: new Evacuation(load.dst, entries, exits),
+        evacuation: new StacklessEvacuation(load.dst, entries, exits),
       };
     },
   };

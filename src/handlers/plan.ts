@@ -24,17 +24,24 @@ export interface TableLoad {
   readonly addressBits: 32 | 64;
 }
 
-/** A handler that can replace a load. Any RIP inside `handler`, from its first to its last byte, is in use. */
+/** A handler with its place. Any RIP inside `handler`, from its first to its last byte, is in use. */
 export interface HandlerPlan {
   readonly refused?: undefined;
   /** Written first: the site must never lead to bytes that are not there yet. */
   readonly handler: Patch;
-  /** What the load becomes: a jump to the handler, NOPs up to its length. */
+  /** What replaces the guest's code: a jump to the handler and NOPs, or code that needs none. */
   readonly site: Patch;
+  /**
+   * The instructions of the guest that `site` replaces besides the first: no thread may stand at one of them when it is
+   * written.
+   */
+  readonly interior: readonly Gva[];
   /** Offset in the handler of the block of entry 0. */
   readonly blocks: number;
-  /** Absent of a handler that a vCPU cannot be taken out of. */
-  readonly evacuation?: Evacuation;
+  /** A copy of the load, which indices beyond the bound execute: it traps as the load itself did. */
+  readonly fallback?: Gva;
+  /** Also for a thread inside of what `site` has become. */
+  readonly evacuation: Evacuation;
 }
 
 /** A handler without a place: what it takes is known before slack is taken for it. */
@@ -42,6 +49,8 @@ export interface HandlerLayout {
   readonly refused?: undefined;
   /** In bytes. */
   readonly size: number;
+  /** The loads that no thread executes any more once the handler is in place. The first is where the site begins. */
+  readonly replaces: readonly Gva[];
   at(handler: Gva): HandlerPlan | Refused<'jump-out-of-range'>;
 }
 

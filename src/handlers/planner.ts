@@ -1,4 +1,4 @@
-import type { ProvenSwitch } from '../switches/table.js';
+import type { FoundSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
 import { type Dispatch, type FusedRefusal, fusedLayout } from './fused.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
@@ -30,44 +30,45 @@ const SPARE_HANDLERS = 32;
 /** Operand and address sizes of what the recogniser accepts. */
 const ACCEPTED_BITS = { dstBits: 32, addressBits: 64 } as const;
 
-/** What an encoder says to a load. */
-export interface HandlerPlanning {
+/** An encoder, and how it packs. */
+interface Way {
   readonly encoder: Encoder;
-  /** The encoder, and how it packs. */
   readonly name: string;
-  readonly layout: HandlerLayout | Refused<HandlerRefusal>;
 }
 
-/** A handler that a load can be replaced by. */
-export interface Candidate extends HandlerPlanning {
-  readonly layout: HandlerLayout;
+/** What the loads of a switch can be replaced by. */
+export interface Candidate extends Way {
+  readonly refused?: undefined;
+  /** All are needed: one handler, or one for each load of a two-level switch. */
+  readonly parts: readonly HandlerLayout[];
+  /** Of all parts, in bytes. */
+  readonly size: number;
 }
+
+/** What an encoder says to a switch. */
+export type HandlerPlanning = Candidate | (Way & Refused<HandlerRefusal>);
 
 /**
  * What each encoder that may be used says to the load of `proof`, in an image at `imageBase`; those with the fastest
  * handlers first.
  */
 export function planHandlers(
-  proof: ProvenSwitch,
+  proof: FoundSwitch,
   imageBase: Gva,
   choice: HandlerChoice,
 ): readonly HandlerPlanning[] {
   const load = loadOf(proof, imageBase);
   const entries = Uint32Array.from(proof.values);
-  const lean = (packing: LeanPacking): HandlerPlanning => ({
-    encoder: 'lean',
-    name: `lean-${packing}`,
-    layout: leanLayout(load, entries, packing),
-  });
+  const lean = (packing: LeanPacking) =>
+    planning({ encoder: 'lean', name: `lean-${packing}` }, leanLayout(load, entries, packing));
   const dispatch = dispatchOf(proof, imageBase);
-  const all: HandlerPlanning[] = [
-    {
-      encoder: 'fused',
-      name: 'fused',
-      layout: 'refused' in dispatch ? dispatch : fusedLayout(load, dispatch, entries),
-    },
+  const all = [
+    planning(
+      { encoder: 'fused', name: 'fused' },
+      'refused' in dispatch ? dispatch : fusedLayout(load, dispatch, entries),
+    ),
     ...LEAN_PACKINGS.map(lean),
-    { encoder: 'seed', name: 'seed', layout: seedLayout(load, entries) },
+    planning({ encoder: 'seed', name: 'seed' }, seedLayout(load, entries)),
   ];
   return all.filter(({ encoder }) => choice === 'auto' || choice === encoder);
 }
@@ -78,11 +79,10 @@ export function planHandlers(
  */
 export function affordable(plans: readonly HandlerPlanning[], freeSlack: number): Candidate[] {
   const candidates = plans.filter(isCandidate);
-  const sizes = candidates.filter(({ encoder }) => encoder !== 'seed').map(({ layout }) => layout.size);
+  const sizes = candidates.filter(({ encoder }) => encoder !== 'seed').map(({ size }) => size);
   const smallest = Math.min(...sizes);
   return candidates.filter(
-    ({ encoder, layout: { size } }) =>
-      encoder === 'seed' || size === smallest || size * SPARE_HANDLERS <= freeSlack,
+    ({ encoder, size }) => encoder === 'seed' || size === smallest || size * SPARE_HANDLERS <= freeSlack,
   );
 }
 
@@ -92,14 +92,20 @@ export function passedOver(
   taken: Candidate,
 ): Record<string, HandlerRefusal | 'too-little-slack'> {
   const faster = plans.slice(0, plans.indexOf(taken));
-  return Object.fromEntries(faster.map(({ name, layout }) => [name, layout.refused ?? 'too-little-slack']));
+  return Object.fromEntries(faster.map(({ name, refused }) => [name, refused ?? 'too-little-slack']));
 }
 
 function isCandidate(plan: HandlerPlanning): plan is Candidate {
-  return plan.layout.refused === undefined;
+  return plan.refused === undefined;
 }
 
-function loadOf({ rva, length, destination, index, base }: ProvenSwitch, imageBase: Gva): TableLoad {
+function planning(way: Way, layout: HandlerLayout | Refused<HandlerRefusal>): HandlerPlanning {
+  return layout.refused === undefined
+    ? { ...way, parts: [layout], size: layout.size }
+    : { ...way, refused: layout.refused };
+}
+
+function loadOf({ rva, length, destination, index, base }: FoundSwitch, imageBase: Gva): TableLoad {
   return {
     gva: imageBase + BigInt(rva),
     length,
@@ -112,7 +118,7 @@ function loadOf({ rva, length, destination, index, base }: ProvenSwitch, imageBa
 }
 
 function dispatchOf(
-  { add, jmp, adjacent }: ProvenSwitch,
+  { add, jmp, adjacent }: FoundSwitch,
   imageBase: Gva,
 ): Dispatch | Refused<DispatchRefusal> {
   if (!adjacent) return { refused: 'not-adjacent' };

@@ -1,6 +1,7 @@
 import type { Gva } from '../vmi/address.js';
 import type { GprName } from '../x86/registers.js';
 import { encoding, rex, rexW, u32 } from './encoding.js';
+import { NoEvacuation } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, Refused, TableLoad } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
@@ -23,8 +24,10 @@ export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout
   const refused = refusalOf(load, entries.length);
   if (refused !== undefined) return { refused };
   const back = load.gva + BigInt(load.length);
+  const size = SEED_HEADER_SIZE + entries.length * SEED_BLOCK_SIZE;
   return {
-    size: SEED_HEADER_SIZE + entries.length * SEED_BLOCK_SIZE,
+    size,
+    replaces: [load.gva],
     at(handler) {
       const site = encodeJump(load.gva, handler, load.length);
       const blocks = encodeBlocks(load.dst, entries, handler + BigInt(SEED_HEADER_SIZE), back);
@@ -32,7 +35,9 @@ export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout
       return {
         handler: { gva: handler, bytes: Buffer.concat([encodeHeader(load, handler), blocks]) },
         site: { gva: load.gva, bytes: site },
+        interior: [],
         blocks: SEED_HEADER_SIZE,
+        evacuation: new NoEvacuation({ gva: handler, size }),
       };
     },
   };

@@ -1,7 +1,7 @@
 import type { Gva } from '../vmi/address.js';
 import type { ComputedJump, Stride } from './computed-jump.js';
 import { INT3 } from './encoding.js';
-import { Evacuation, type Exit } from './evacuation.js';
+import { type Exit, StacklessEvacuation } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
 import type { HandlerLayout, TableLoad } from './plan.js';
 
@@ -39,6 +39,7 @@ export function stridedLayout(
   const size = padding + jump.length + (blocks.length - 1) * stride + blockLength;
   return {
     size,
+    replaces: [load.gva],
     at(handler) {
       const end = handler + BigInt(jump.length);
       const first = isAligned ? alignUp(end) : end;
@@ -65,8 +66,9 @@ export function stridedLayout(
       return {
         handler: { gva: handler, bytes },
         site: { gva: load.gva, bytes: site },
+        interior: [],
         blocks: firstAt,
-        evacuation: new Evacuation(load.dst, entries, exits),
+        evacuation: new StacklessEvacuation(load.dst, entries, exits),
       };
     },
   };

@@ -13,7 +13,7 @@ import type { FunctionTable } from '../nt/pdata.js';
 import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { instabilityOf } from '../slack/regions.js';
 import { functionAt } from '../switches/functions.js';
-import { type ProvenSwitch, SwitchRecogniser } from '../switches/table.js';
+import { type FoundSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
@@ -32,7 +32,7 @@ interface Placed {
 }
 
 interface Prepared {
-  readonly proof: ProvenSwitch;
+  readonly proof: FoundSwitch;
   readonly plans: readonly HandlerPlanning[];
 }
 
@@ -74,14 +74,14 @@ export class Relocator {
     return typeof placed === 'string' ? ignore(site, placed) : this.#install(site, proof, plans, placed);
   }
 
-  #proofOf(site: Site): ProvenSwitch | string {
+  #proofOf(site: Site): FoundSwitch | string {
     const { kernel } = this;
     if (!kernel.contains(site.rip)) return 'load-outside-kernel';
     const rva = Number(site.rip - kernel.base);
     const unstable = this.#instabilityAt(rva);
     if (unstable !== undefined) return unstable;
     const proof = this.#recogniser.prove(rva);
-    if (!proof.proven) return proof.reason;
+    if (!proof.found) return proof.reason;
     if (site.table !== kernel.base + BigInt(proof.table)) return 'another-table-was-read';
     const tables = [proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
     const unstableTable = tables.map((table) => this.#instabilityAt(table)).find((why) => why !== undefined);
@@ -94,7 +94,7 @@ export class Relocator {
   }
 
   /** Whether all that the proof rests on is in memory now as it was at discovery. */
-  #isUnchanged({ rva, table, entries, byteTable }: ProvenSwitch): boolean {
+  #isUnchanged({ rva, table, entries, byteTable }: FoundSwitch): boolean {
     const code = functionAt(this.kernel.image, this.functions, rva)!.ranges;
     const ranges = [...code, { begin: table, end: table + entries * ENTRY_BYTES }];
     if (byteTable !== undefined) {
@@ -109,14 +109,14 @@ export class Relocator {
   /** The fastest handler for which there is slack, with its place; otherwise the reason why there is none. */
   #place(plans: readonly HandlerPlanning[]): Placed | string {
     // The last encoder is the one that asks least of a load.
-    let reason: string = plans.at(-1)!.layout.refused ?? 'no-slack';
+    let reason: string = plans.at(-1)!.refused ?? 'no-slack';
     for (const candidate of affordable(plans, this.slack.freeBytes)) {
-      const slack = this.#allocate(candidate.layout.size);
+      const slack = this.#allocate(candidate.size);
       if (slack === undefined) {
         reason = 'no-slack';
         continue;
       }
-      const plan = candidate.layout.at(slack.gva);
+      const plan = candidate.parts[0]!.at(slack.gva);
       if (plan.refused === undefined) return { candidate, plan, slack };
       reason = plan.refused;
       this.slack.free(slack);
@@ -135,7 +135,7 @@ export class Relocator {
 
   #install(
     site: Site,
-    proof: ProvenSwitch,
+    proof: FoundSwitch,
     plans: readonly HandlerPlanning[],
     { candidate, plan, slack }: Placed,
   ): Outcome {

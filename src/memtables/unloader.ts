@@ -117,9 +117,9 @@ export class Unloader {
       const registers = this.hypervisor.registers(vcpu);
       if (inUserMode(registers)) continue;
       for (const { evacuation } of relocations) {
-        const outside = evacuation?.registersFor(registers);
-        if (outside === undefined) continue;
-        this.hypervisor.setRegisters(vcpu, outside);
+        const resumption = evacuation?.evacuate(registers);
+        if (resumption === undefined || resumption.mustWait) continue;
+        this.hypervisor.setRegisters(vcpu, { ...registers, ...resumption.changes });
         this.#evacuated.add(`${vcpu} ${registers.rip}`);
         break;
       }

@@ -13,6 +13,7 @@ import {
 } from './analysis.js';
 import { NEAR_JUMP_LENGTH } from './candidate.js';
 import { functionAt, MAX_FUNCTION_BYTES } from './functions.js';
+import type { Liveness } from './liveness.js';
 
 /** Why a load is not a switch's table load with a proven end. */
 export type RefusalReason =
@@ -37,6 +38,15 @@ export type RefusalReason =
   | 'entry-not-executable'
   | 'entry-not-an-instruction';
 
+/** Why a table is believed to end where we say. */
+export type Evidence =
+  /** A compare, a mask or its type bounds the index on every way to the load. */
+  | 'guard'
+  /** What follows the last entry is another table, or no entry of the function. */
+  | 'neighbour'
+  /** The number of entries is a guess. */
+  | 'none';
+
 /** One instruction of a switch. */
 export interface SwitchPart {
   readonly rva: number;
@@ -49,17 +59,20 @@ export interface SwitchPart {
 export interface ByteTable extends SwitchPart {
   readonly table: number;
   readonly entries: number;
+  /** The table's content. */
+  readonly values: readonly number[];
   readonly destination: GprName;
   readonly base: GprName;
   readonly index: GprName;
 }
 
 /** A table load whose table is known from its first to its last entry. All addresses relative to the image. */
-export interface ProvenSwitch extends SwitchPart {
-  readonly proven: true;
+export interface FoundSwitch extends SwitchPart {
+  readonly found: true;
   readonly form: 'one-level' | 'two-level';
   readonly table: number;
   readonly entries: number;
+  readonly evidence: Evidence;
   /** The table's content, `entries` dwords. */
   readonly values: readonly number[];
   readonly destination: GprName;
@@ -78,18 +91,20 @@ export interface ProvenSwitch extends SwitchPart {
   };
   /** Load, `add` and `jmp` stand together. */
   readonly adjacent: boolean;
+  /** What the code at a case may read before it writes it, by the case's address; absent: anything. */
+  readonly liveAtCases: ReadonlyMap<number, Liveness>;
 }
 
 /** A load that is refused, with what is known of it. */
 export interface RefusedSwitch {
-  readonly proven: false;
+  readonly found: false;
   readonly rva: number;
   readonly reason: RefusalReason;
   readonly form: 'one-level' | 'two-level' | undefined;
   readonly table: number | undefined;
 }
 
-export type SwitchSite = ProvenSwitch | RefusedSwitch;
+export type SwitchSite = FoundSwitch | RefusedSwitch;
 
 /** Functions whose analysis is kept: hot loads come in bursts from the same few. */
 const KEPT_ANALYSES = 64;
@@ -143,7 +158,7 @@ export class SwitchRecogniser {
     const byteLoad = load.byteLoad === undefined ? undefined : analysis.byteLoads.get(load.byteLoad);
     const form = byteLoad === undefined ? 'one-level' : 'two-level';
     const reason = this.whyRefused(analysis, load, dispatch);
-    if (reason !== undefined) return { proven: false, rva, reason, form, table: load.table };
+    if (reason !== undefined) return { found: false, rva, reason, form, table: load.table };
 
     const entries = load.maxIndex + 1;
     const [add, jmp] = [dispatch!.add, dispatch!.jmp!];
@@ -154,11 +169,12 @@ export class SwitchRecogniser {
     });
     const back = rva + load.instruction.length;
     return {
-      proven: true,
+      found: true,
       form,
       ...part(load.instruction),
       table: load.table,
       entries,
+      evidence: 'guard',
       values: this.values(load.table, entries),
       destination: destinationOf(load),
       base: load.base,
@@ -168,6 +184,7 @@ export class SwitchRecogniser {
         ...part(byteLoad.instruction),
         table: byteLoad.table,
         entries: byteLoad.maxIndex + 1,
+        values: [...this.image.read(byteLoad.table, byteLoad.maxIndex + 1)],
         destination: destinationOf(byteLoad),
         base: byteLoad.base,
         index: byteLoad.index,
@@ -176,6 +193,7 @@ export class SwitchRecogniser {
       add: { ...part(add), bytes: add.bytes },
       jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
       adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
+      liveAtCases: new Map(),
     };
   }
 
@@ -233,7 +251,7 @@ function overlapsCode({ instructions }: Analysis, begin: number, end: number): b
 }
 
 function refuse(rva: number, reason: RefusalReason): RefusedSwitch {
-  return { proven: false, rva, reason, form: undefined, table: undefined };
+  return { found: false, rva, reason, form: undefined, table: undefined };
 }
 
 function destinationOf({ instruction }: TableLoad): GprName {

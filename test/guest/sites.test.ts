@@ -132,7 +132,7 @@ describe.each(relocatable.map((site) => [site.name, site] as const))('the site %
 
   it('is proven by the recogniser, with the same bounds', () => {
     expect(scanned.get(site.loadRva)).toMatchObject({
-      proven: true,
+      found: true,
       form: site.form,
       table: site.tableRva,
       entries: site.entries,
@@ -289,7 +289,7 @@ describe('look-alikes', () => {
   it('are proven by the recogniser only where the place alone forbids it', () => {
     const places = new Set<SwitchSite['expected']>(['pageable', 'discardable', 'initkdbg', 'kvascode']);
     for (const { name, loadRva, expected } of lookAlikes) {
-      expect(scanned.get(loadRva)?.proven ?? false, name).toBe(places.has(expected));
+      expect(scanned.get(loadRva)?.found ?? false, name).toBe(places.has(expected));
     }
   });
 });

@@ -189,12 +189,13 @@ export class HandlerRuns {
       arena.enter(state);
       arena.step(step);
       arena.write(state.rip, code);
-      const registers = plan.evacuation?.registersFor(this.#machine.registers(0));
-      if (registers === undefined) {
+      const registers = this.#machine.registers(0);
+      const resumption = plan.evacuation.evacuate(registers);
+      if (resumption === undefined || resumption.mustWait) {
         wrong.push(`not possible at step ${step}`);
         continue;
       }
-      this.#machine.setRegisters(0, registers);
+      this.#machine.setRegisters(0, { ...registers, ...resumption.changes });
       arena.runTo(original.after.rip, 2);
       wrong.push(...differences(original.after, arena.state()));
       if (!arena.memory().equals(original.memory)) wrong.push(`memory at step ${step}`);

@@ -1,14 +1,14 @@
 import { describe, expect, it } from 'vitest';
 import { affordable, type HandlerChoice, passedOver, planHandlers } from '../../src/handlers/planner.js';
-import type { ProvenSwitch } from '../../src/switches/table.js';
+import type { FoundSwitch } from '../../src/switches/table.js';
 
 const IMAGE_BASE = 0xffff_f800_0000_0000n;
 
 /** `mov ecx, [rdx+rax*4+table]`, with this many entries. */
-function proof(entries: number): ProvenSwitch {
+function proof(entries: number): FoundSwitch {
   const part = (rva: number, length: number) => ({ rva, length, isBranchTarget: false });
   return {
-    proven: true,
+    found: true,
     form: 'one-level',
     ...part(0x1000, 7),
     table: 0x2000,
@@ -23,6 +23,8 @@ function proof(entries: number): ProvenSwitch {
     add: { ...part(0x1007, 3), bytes: Buffer.from('4803ca', 'hex') },
     jmp: { ...part(0x100a, 2), retpoline: false },
     adjacent: true,
+    evidence: 'guard',
+    liveAtCases: new Map(),
   };
 }
 
@@ -32,7 +34,7 @@ const names = (plans: readonly { readonly name: string }[]) => plans.map(({ name
 
 describe('the handlers of a load', () => {
   it('come with their bytes, the fastest first', () => {
-    const sizes = plan(16).map(({ name, layout }) => [name, layout.refused ?? layout.size]);
+    const sizes = plan(16).map((each) => [each.name, each.refused ?? each.size]);
     expect(sizes).toEqual([
       ['fused', 15 + 14 + 15 * 16 + 13],
       ['lean-roomy', 15 + 14 + 15 * 16 + 10],
@@ -50,9 +52,7 @@ describe('the handlers of a load', () => {
 
   it('a refusal keeps its reason, and stands in no way of the others', () => {
     const plans = plan(32);
-    expect(plans.find(({ name }) => name === 'lean-tight')?.layout.refused).toBe(
-      'too-many-entries-for-short-jumps',
-    );
+    expect(plans.find(({ name }) => name === 'lean-tight')?.refused).toBe('too-many-entries-for-short-jumps');
     expect(names(affordable(plans, Infinity))).toEqual(['fused', 'lean-roomy', 'lean-dense', 'seed']);
     expect(affordable(plan(257), Infinity)).toEqual([]);
   });

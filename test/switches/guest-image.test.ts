@@ -42,7 +42,7 @@ if (!existsSync(IMAGE)) {
       const entries = bytes.length === 0 ? site.entries : Math.max(...bytes) + 1;
       expect(entries).toBeLessThanOrEqual(site.entries);
       expect(proof).toMatchObject({
-        proven: true,
+        found: true,
         form: site.form,
         table: site.tableRva,
         entries,
@@ -62,11 +62,11 @@ if (!existsSync(IMAGE)) {
     });
 
     it.each(lookAlikes)('$name is refused: $expected', (site) => {
-      expect(recogniser.prove(site.loadRva)).toMatchObject({ proven: false });
+      expect(recogniser.prove(site.loadRva)).toMatchObject({ found: false });
     });
 
     it('a scan finds every relocatable site', () => {
-      const found = new Map(scanImage(image).map((site) => [site.rva, site.proven]));
+      const found = new Map(scanImage(image).map((site) => [site.rva, site.found]));
       for (const { loadRva, name } of relocatable) expect(found.get(loadRva), name).toBe(true);
       for (const { loadRva, name } of lookAlikes) expect(found.get(loadRva) ?? false, name).toBe(false);
     });

@@ -90,7 +90,7 @@ describe('a scan ends', () => {
     for (const functions of ['all', []] as const) {
       const image = imageOf(bytes, functions);
       const recogniser = new SwitchRecogniser(image, FunctionTable.read(image));
-      expect(recogniser.prove(CODE)).toMatchObject({ proven: false, reason: 'function-too-complex' });
+      expect(recogniser.prove(CODE)).toMatchObject({ found: false, reason: 'function-too-complex' });
     }
   });
 
@@ -118,6 +118,6 @@ describe('a scan ends', () => {
     const code = repeated(16 * 4_000, () => [...load(CODE), ...ADD_JMP, 0xcc, 0xcc, 0xcc, 0xcc]);
     const sites = scanImage(imageOf(code, functions));
     expect(sites).toHaveLength(4_000);
-    for (const site of sites) expect(site).toMatchObject({ proven: false, reason: 'base-not-proven' });
+    for (const site of sites) expect(site).toMatchObject({ found: false, reason: 'base-not-proven' });
   });
 });

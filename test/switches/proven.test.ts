@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import type { ProvenSwitch } from '../../src/switches/table.js';
+import type { FoundSwitch } from '../../src/switches/table.js';
 import { SwitchRecogniser } from '../../src/switches/table.js';
 import { GPR_NAMES, type GprName } from '../../src/x86/registers.js';
 import { DISPATCH, type Ending, GUARDED, withTable } from './cases.js';
@@ -11,7 +11,7 @@ interface Golden {
   readonly ending?: Ending;
   readonly options?: ListingOptions & { readonly load?: string };
   /** Default: 5 entries, one level. */
-  readonly expected?: Partial<ProvenSwitch>;
+  readonly expected?: Partial<FoundSwitch>;
 }
 
 const GUARDS: Golden[] = [
@@ -327,9 +327,9 @@ const BYTES = `bytes: .rept 5
 
 function expectProven({ code, ending, options, expected }: Golden): void {
   const site = prove(withTable(code, ending), options);
-  if (!site.proven) throw new Error(`refused: ${site.reason}`);
+  if (!site.found) throw new Error(`refused: ${site.reason}`);
   expect(site).toMatchObject({
-    proven: true,
+    found: true,
     form: 'one-level',
     entries: 5,
     ...expected,
@@ -381,7 +381,7 @@ describe('a table whose end is proven', () => {
     const recogniser = new SwitchRecogniser(listing.image, listing.functions);
     for (const [n, registers] of sites.entries()) {
       expect(recogniser.prove(listing.rva(`load${n}`)), JSON.stringify(registers)).toMatchObject({
-        proven: true,
+        found: true,
         ...registers,
         entries: 1 + (n % 9),
         table: listing.rva(`table${n}`),
@@ -395,7 +395,7 @@ describe('a table whose end is proven', () => {
     const listing = assemble(source);
     const load = listing.rva('load');
     expect(new SwitchRecogniser(listing.image, listing.functions).prove(load)).toEqual({
-      proven: true,
+      found: true,
       form: 'one-level',
       rva: load,
       length: 7,
@@ -417,6 +417,8 @@ describe('a table whose end is proven', () => {
       },
       jmp: { rva: load + 10, length: 2, isBranchTarget: false, retpoline: false },
       adjacent: true,
+      evidence: 'guard',
+      liveAtCases: new Map(),
     });
   });
 });
@@ -425,7 +427,7 @@ describe('two-level switches', () => {
   it('the largest byte bounds the dword table', () => {
     const site = prove(withTable(TWO_LEVEL, { entries: 4, more: BYTES }));
     expect(site).toMatchObject({
-      proven: true,
+      found: true,
       form: 'two-level',
       entries: 4,
       byteTable: { entries: 20, destination: 'rax', base: 'rdx', index: 'rcx', length: 8 },
@@ -434,7 +436,7 @@ describe('two-level switches', () => {
 
   it('the byte table behind its dword table', () => {
     const source = withTable(TWO_LEVEL, { entries: 4 }).replace('other:', `${BYTES}\nother:`);
-    expect(prove(source)).toMatchObject({ proven: true, entries: 4, byteTable: { entries: 20 } });
+    expect(prove(source)).toMatchObject({ found: true, entries: 4, byteTable: { entries: 20 } });
   });
 
   it('index and base the other way round in the byte load', () => {
@@ -463,7 +465,7 @@ load2: mov eax, [r8+rax*4+table-image]
     const code = TWO_LEVEL.replace('ja default', 'nop');
     // A byte is at most 255, and so many entries there are not.
     expect(prove(withTable(code, { entries: 4, more: BYTES }))).toMatchObject({
-      proven: false,
+      found: false,
       reason: 'table-outside-image',
     });
   });
@@ -471,8 +473,8 @@ load2: mov eax, [r8+rax*4+table-image]
   it('a byte table in a writable section bounds nothing', () => {
     const source = `${withTable(TWO_LEVEL, { entries: 4 })}\n.balign 0x1000\ndata: ${BYTES}`;
     const sections = (flags: number) => [{ name: '.data', at: 'data', flags }];
-    expect(prove(source, { sections: sections(0x40000040) })).toMatchObject({ proven: true, entries: 4 });
-    expect(prove(source, { sections: sections(0xc0000040) })).toMatchObject({ proven: false });
+    expect(prove(source, { sections: sections(0x40000040) })).toMatchObject({ found: true, entries: 4 });
+    expect(prove(source, { sections: sections(0xc0000040) })).toMatchObject({ found: false });
   });
 });
 
@@ -488,16 +490,16 @@ load2: mov r10d, [r9+r8*4+other-image]
 
   it('back to back, each with its own end', () => {
     const source = withTable(`test ebx, ebx\n jne f2${GUARDED}${DISPATCH}${second}`);
-    expect(prove(source)).toMatchObject({ proven: true, entries: 5 });
-    expect(prove(source, { load: 'load2' })).toMatchObject({ proven: true, entries: 3 });
+    expect(prove(source)).toMatchObject({ found: true, entries: 5 });
+    expect(prove(source, { load: 'load2' })).toMatchObject({ found: true, entries: 3 });
   });
 
   it('one table read by two loads', () => {
     const source = withTable(
       `test ebx, ebx\n jne f2${GUARDED}${DISPATCH}${second.replace('other', 'table').replace('8d, 2', '8d, 4')}`,
     );
-    expect(prove(source)).toMatchObject({ proven: true, entries: 5 });
-    expect(prove(source, { load: 'load2' })).toMatchObject({ proven: true, entries: 5 });
+    expect(prove(source)).toMatchObject({ found: true, entries: 5 });
+    expect(prove(source, { load: 'load2' })).toMatchObject({ found: true, entries: 5 });
   });
 
   it('a switch in a case of another, on the index that the first one has guarded', () => {
@@ -511,22 +513,22 @@ load2: mov r10d, [r9+rax*4+table2-image]
         'other:',
         'table2: .long case-image, case-image, default-image, default-image, default-image\nother:',
       );
-    expect(prove(source)).toMatchObject({ proven: true, entries: 5 });
-    expect(prove(source, { load: 'load2' })).toMatchObject({ proven: true, entries: 5 });
+    expect(prove(source)).toMatchObject({ found: true, entries: 5 });
+    expect(prove(source, { load: 'load2' })).toMatchObject({ found: true, entries: 5 });
   });
 
   it('an entry of 0, for a case that cannot happen', () => {
     const source = withTable(`${GUARDED}${DISPATCH}`, { entries: 4 }).replace('table:', 'table: .long 0\n');
     const site = prove(source);
-    expect(site).toMatchObject({ proven: true, entries: 5 });
-    expect(site.proven && site.values[0]).toBe(0);
+    expect(site).toMatchObject({ found: true, entries: 5 });
+    expect(site.found && site.values[0]).toBe(0);
   });
 });
 
 describe('where functions begin and end', () => {
   it('a leaf function without .pdata', () => {
     expect(prove(withTable(`${GUARDED}${DISPATCH}`), { functions: [] })).toMatchObject({
-      proven: true,
+      found: true,
       entries: 5,
     });
   });
@@ -539,7 +541,7 @@ describe('where functions begin and end', () => {
       );
     const source = `${leaf(1)}\n.balign 16, 0xcc\n${leaf(2)}`;
     for (const load of ['load1', 'load2']) {
-      expect(prove(source, { functions: [], load })).toMatchObject({ proven: true, entries: 5 });
+      expect(prove(source, { functions: [], load })).toMatchObject({ found: true, entries: 5 });
     }
   });
 
@@ -556,7 +558,7 @@ after_end:`;
       { from: 'before', to: 'before_end' },
       { from: 'after', to: 'after_end' },
     ];
-    expect(prove(source, { functions })).toMatchObject({ proven: true, entries: 5 });
+    expect(prove(source, { functions })).toMatchObject({ found: true, entries: 5 });
   });
 
   it.each([
@@ -572,7 +574,7 @@ after_end:`;
       { from: 'f', to: 'f_end' },
       { from: 'cold', to: 'cold_end', chainedTo: 'f' },
     ];
-    expect(prove(join(hot, cold), { functions })).toMatchObject({ proven: true, entries: 5 });
+    expect(prove(join(hot, cold), { functions })).toMatchObject({ found: true, entries: 5 });
   });
 
   it('no code at the load', () => {
@@ -587,7 +589,7 @@ after_end:`;
       image.sizeOfImage + 0x1000,
       -1,
     ]) {
-      expect(recogniser.prove(place)).toMatchObject({ proven: false });
+      expect(recogniser.prove(place)).toMatchObject({ found: false });
     }
   });
 });

@@ -449,13 +449,13 @@ function listing({ code, ending }: Pick<Refusal, 'code' | 'ending'>): string {
 
 describe('a load that is refused', () => {
   it.each(REFUSALS)('$hazard: $reason', ({ reason, options, ...rest }) => {
-    expect(prove(listing(rest), options)).toMatchObject({ proven: false, reason });
+    expect(prove(listing(rest), options)).toMatchObject({ found: false, reason });
   });
 
   it('names the table and the form, as far as they are known', () => {
     const { rva } = assemble(listing(BOUNDS[0]!));
     expect(prove(listing(BOUNDS[0]!))).toEqual({
-      proven: false,
+      found: false,
       rva: rva('load'),
       reason: 'bound-not-proven',
       form: 'one-level',
@@ -476,7 +476,7 @@ table: .rept 5
       .long case-image
       .endr`;
     expect(prove(source, { sections: [{ name, at: 'table', flags }] })).toMatchObject({
-      proven: false,
+      found: false,
       reason,
     });
   });

@@ -1,5 +1,5 @@
 import { planHandlers } from '../../handlers/planner.js';
-import type { ProvenSwitch } from '../../switches/table.js';
+import type { FoundSwitch } from '../../switches/table.js';
 import type { Gva } from '../../vmi/address.js';
 
 /** A piece of machine code, at an offset in the image. */
@@ -68,16 +68,17 @@ export function switchFunction(
   if (handler === undefined) return untouched;
 
   const part = (rva: number, length: number) => ({ rva, length, isBranchTarget: false });
-  const proof: ProvenSwitch = {
-    ...{ proven: true, form: 'one-level', baseIsImageBase: true, byteTable: undefined, adjacent: true },
+  const proof: FoundSwitch = {
+    ...{ found: true, form: 'one-level', baseIsImageBase: true, byteTable: undefined, adjacent: true },
+    ...{ evidence: 'guard', liveAtCases: new Map() },
     ...part(site, LOAD_LENGTH),
     ...{ table, entries: cases, values, destination: 'rcx', base: 'rdx', index: 'rax', back: add },
     add: { ...part(add, ADD.length), bytes: ADD },
     jmp: { ...part(jmp, JMP.length), retpoline: false },
   };
   const plan = planHandlers(proof, image, 'auto').find(({ name }) => name === handler)!;
-  if (plan.layout.refused !== undefined) return undefined;
-  const placed = plan.layout.at(image + BigInt(handlerOffset));
+  if (plan.refused !== undefined) return undefined;
+  const placed = plan.parts[0]!.at(image + BigInt(handlerOffset));
   if (placed.refused !== undefined) return undefined;
   put(site, placed.site.bytes);
   return {
