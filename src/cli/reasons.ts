@@ -13,6 +13,7 @@ export const LOAD_REFUSALS: Record<RefusalReason, string> = {
   'not-a-dword-load': 'entries are not 4 bytes',
   'address-size-prefix': 'the address has 32 bits',
   'scale-not-4': 'the index is not scaled by 4',
+  'destination-not-32-bit': 'the load does not go to a register of 32 bits',
   'stack-pointer-as-destination': 'the load changes the stack pointer',
   'shorter-than-a-jump': 'the load is shorter than a jump',
   'not-a-switch': 'no jump follows',
@@ -26,6 +27,8 @@ export const LOAD_REFUSALS: Record<RefusalReason, string> = {
   'entry-outside-image': 'an entry is outside of the image',
   'entry-not-executable': 'an entry is not in code',
   'entry-not-an-instruction': 'an entry is no instruction of the function',
+  'byte-not-an-index': 'a byte leads to none of the known dwords',
+  'several-switches': 'several switches use the same byte load',
 };
 
 const INSTABILITIES: Record<Instability, string> = {

@@ -68,7 +68,9 @@ export class Analysis {
   outcome: 'complete' | 'too-complex' | 'wild-jump' = 'complete';
   /** Dword loads by their address. */
   readonly loads = new Map<number, TableLoad>();
-  /** Byte loads with a proven bound, by their address. */
+  /** Every byte load that might be one of a table, by its address. */
+  readonly byteReads = new Map<number, TableLoad>();
+  /** Those with a proven bound. */
   readonly byteLoads = new Map<number, TableLoad>();
   /** By the address of their load. */
   readonly dispatches = new Map<number, Dispatch>();
@@ -135,8 +137,6 @@ class Interpreter implements TableReader {
   /** Which block an instruction was last reached in. */
   private readonly blockOf = new Map<number, number>();
   private readonly pending = new Worklist();
-  /** Every byte load that might be one of a table, proven or not. */
-  private readonly byteReads = new Map<number, TableLoad>();
   /** Targets of direct jumps, and what the code before falls into, as far as functions may start there. */
   private readonly jumpedTo = new Set<number>();
   private readonly fallenInto = new Set<number>();
@@ -181,7 +181,6 @@ class Interpreter implements TableReader {
     this.blocks.clear();
     this.blockOf.clear();
     this.pending.clear();
-    this.byteReads.clear();
     this.jumpedTo.clear();
     this.fallenInto.clear();
   }
@@ -476,7 +475,7 @@ class Interpreter implements TableReader {
     if (memory.size !== 1) return undefined;
     const load = this.tableLoad(state, instruction, memory);
     if (load === undefined) return undefined;
-    const known = record(this.byteReads, load);
+    const known = record(this.analysis.byteReads, load);
     if (this.isConstantByteTable(known)) this.analysis.byteLoads.set(load.rva, known);
     else this.analysis.byteLoads.delete(load.rva);
     if (!this.isConstantByteTable(load)) return undefined;

@@ -24,6 +24,7 @@ export type RefusalReason =
   | 'not-a-dword-load'
   | 'address-size-prefix'
   | 'scale-not-4'
+  | 'destination-not-32-bit'
   | 'stack-pointer-as-destination'
   | 'shorter-than-a-jump'
   | 'not-a-switch'
@@ -36,7 +37,9 @@ export type RefusalReason =
   | 'table-overlaps-table'
   | 'entry-outside-image'
   | 'entry-not-executable'
-  | 'entry-not-an-instruction';
+  | 'entry-not-an-instruction'
+  | 'byte-not-an-index'
+  | 'several-switches';
 
 /** Why a table is believed to end where we say. */
 export type Evidence =
@@ -64,6 +67,8 @@ export interface ByteTable extends SwitchPart {
   readonly destination: GprName;
   readonly base: GprName;
   readonly index: GprName;
+  /** Why the byte load has to stay as it is, whatever is done to the dword load; absent: it can be replaced too. */
+  readonly refused?: RefusalReason;
 }
 
 /** A table load whose table is known from its first to its last entry. All addresses relative to the image. */
@@ -121,14 +126,17 @@ export class SwitchRecogniser {
   ) {}
 
   /**
-   * The switch whose dword load is at `rva`. The number of entries is proven by the guard (or mask, or the
-   * index's type) on every way to the load; for two-level switches by the content of the byte table.
+   * The switch whose dword load is at `rva`, or whose byte load is, where that can be replaced. The number of entries
+   * is proven by the guard (or mask, or the index's type) on every way to the load; for the dwords of a two-level
+   * switch by the content of the byte table.
    * Never throws for what the code looks like: that is a refusal.
    * @throws MemtablesError what reading the image throws
    */
   prove(rva: number): SwitchSite {
     const analysis = this.analysisAt(rva);
-    return analysis === undefined ? refuse(rva, 'not-in-function') : this.judge(analysis, rva);
+    if (analysis === undefined) return refuse(rva, 'not-in-function');
+    const byteLoad = analysis.byteReads.get(rva);
+    return byteLoad === undefined ? this.judge(analysis, rva) : this.judgeByteLoad(analysis, byteLoad);
   }
 
   /** Every load in the function around `rva` that is used as a switch's table load. */
@@ -180,21 +188,60 @@ export class SwitchRecogniser {
       base: load.base,
       index: load.index,
       baseIsImageBase: true,
-      byteTable: byteLoad && {
-        ...part(byteLoad.instruction),
-        table: byteLoad.table,
-        entries: byteLoad.maxIndex + 1,
-        values: [...this.image.read(byteLoad.table, byteLoad.maxIndex + 1)],
-        destination: destinationOf(byteLoad),
-        base: byteLoad.base,
-        index: byteLoad.index,
-      },
+      byteTable: byteLoad && this.byteTable(analysis, byteLoad, part(byteLoad.instruction), entries),
       back,
       add: { ...part(add), bytes: add.bytes },
       jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
       adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
       liveAtCases: new Map(),
     };
+  }
+
+  private byteTable(analysis: Analysis, load: TableLoad, part: SwitchPart, dwords: number): ByteTable {
+    const entries = load.maxIndex + 1;
+    const values = [...this.image.read(load.table, entries)];
+    const refused = this.whyByteLoadRefused(analysis, load, values, dwords);
+    return {
+      ...part,
+      table: load.table,
+      entries,
+      values,
+      destination: destinationOf(load),
+      base: load.base,
+      index: load.index,
+      ...(refused !== undefined && { refused }),
+    };
+  }
+
+  /** The switch that a byte load belongs to. */
+  private judgeByteLoad(analysis: Analysis, { rva, table, baseIsImageBase }: TableLoad): SwitchSite {
+    const refused = (reason: RefusalReason): RefusedSwitch => ({
+      ...{ found: false, rva, reason, form: 'two-level', table },
+    });
+    const [user] = dispatchedBy(analysis, rva);
+    if (user === undefined) return refused(baseIsImageBase ? 'not-a-switch' : 'base-not-proven');
+    const site = this.judge(analysis, user.rva);
+    if (!site.found) return refused(site.reason);
+    if (site.byteTable === undefined) return refused('not-a-switch');
+    return site.byteTable.refused === undefined ? site : refused(site.byteTable.refused);
+  }
+
+  private whyByteLoadRefused(
+    analysis: Analysis,
+    load: TableLoad,
+    values: readonly number[],
+    dwords: number,
+  ): RefusalReason | undefined {
+    const [destination] = load.instruction.operands;
+    if (destination?.kind === 'register' && destination.size !== DWORD) return 'destination-not-32-bit';
+    if (destinationOf(load) === 'rsp') return 'stack-pointer-as-destination';
+    if (load.instruction.length < NEAR_JUMP_LENGTH) return 'shorter-than-a-jump';
+    if (dispatchedBy(analysis, load.rva).length > 1) return 'several-switches';
+    // What comes between the loads may hold back bytes of which no dword is known.
+    if (values.some((value) => value >= dwords)) return 'byte-not-an-index';
+    const section = this.image.sectionAt(load.table);
+    if (!section?.executable) return 'table-not-in-executable-section';
+    return whyOverlapping(analysis, load.table, load.table + load.maxIndex + 1);
   }
 
   /** The first thing that keeps a load from being a switch with a proven end. */
@@ -234,6 +281,13 @@ export class SwitchRecogniser {
     const view = readEntries(this.image, table, count);
     return Array.from({ length: view.byteLength / DWORD }, (_, index) => view.getUint32(index * DWORD, true));
   }
+}
+
+/** The dword loads of switches whose index is what the byte load at `byteLoad` brought. */
+function dispatchedBy(analysis: Analysis, byteLoad: number): TableLoad[] {
+  return [...analysis.loads.values()].filter(
+    (load) => load.byteLoad === byteLoad && analysis.dispatches.get(load.rva)?.jmp !== undefined,
+  );
 }
 
 function whyOverlapping(analysis: Analysis, begin: number, end: number): RefusalReason | undefined {

@@ -461,6 +461,69 @@ load2: mov eax, [r8+rax*4+table-image]
     expect(prove(source, { load: 'load2' })).toMatchObject({ form: 'two-level', entries: 4 });
   });
 
+  describe('the byte load', () => {
+    const LABELLED = TWO_LEVEL.replace('movzx', 'first: movzx');
+    const proveBytes = (code: string, more = BYTES) =>
+      prove(withTable(code, { entries: 4, more }), { load: 'first' });
+
+    it('stands for the switch that it is the first load of', () => {
+      const listing = assemble(withTable(LABELLED, { entries: 4, more: BYTES }));
+      const recogniser = new SwitchRecogniser(listing.image, listing.functions);
+      const site = recogniser.prove(listing.rva('first'));
+      expect(site).toMatchObject({
+        found: true,
+        rva: listing.rva('load'),
+        byteTable: { rva: listing.rva('first'), entries: 20 },
+      });
+      expect(site).toEqual(recogniser.prove(listing.rva('load')));
+      if (!site.found) return;
+      expect(site.byteTable!.values).toEqual([...listing.image.read(listing.rva('bytes'), 20)]);
+      expect(recogniser.switchesAround(listing.rva('first'))).toEqual([site]);
+    });
+
+    it.each([
+      ['base-not-proven', 'the base is another', LABELLED.replace('rip+image', 'rip+default')],
+      ['not-a-switch', 'no dword is loaded', LABELLED.replace(DISPATCH, '\nret')],
+      [
+        'destination-not-32-bit',
+        'all 64 bits are its destination',
+        LABELLED.replace('movzx eax', 'movzx rax'),
+      ],
+      [
+        'byte-not-an-index',
+        'some bytes do not reach the dword load',
+        LABELLED.replace('load: mov', 'cmp eax, 2\n ja default\nload: mov'),
+      ],
+      [
+        'several-switches',
+        'two switches use the byte',
+        `${LABELLED.replace('load: mov', 'test r8d, r8d\n jne second\nload: mov')}
+second: mov r9d, [rdx+rax*4+table-image]
+      add r9, rdx
+      jmp r9`,
+      ],
+    ])('%s: %s', (reason, _, code) => {
+      expect(proveBytes(code)).toMatchObject({ found: false, reason, form: 'two-level' });
+    });
+
+    it('table-overlaps-code: the index reaches into code', () => {
+      const more = `jmp over
+bytes: .fill 16, 1, 3
+over: add [rax], al
+      add [rax], al`;
+      expect(proveBytes(LABELLED, more)).toMatchObject({ found: false, reason: 'table-overlaps-code' });
+    });
+
+    it('is refused for what its switch is refused for', () => {
+      const source = withTable(LABELLED, { entries: 4, more: BYTES });
+      const wrong = source.replace('.long case-image', '.long case+1-image');
+      expect(prove(wrong, { load: 'first' })).toMatchObject({
+        found: false,
+        reason: 'entry-not-an-instruction',
+      });
+    });
+  });
+
   it('without a guard neither level is proven', () => {
     const code = TWO_LEVEL.replace('ja default', 'nop');
     // A byte is at most 255, and so many entries there are not.
