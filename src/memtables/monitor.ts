@@ -1,7 +1,7 @@
 import { type CloakMap, MAX_ANSWER } from '../cloak/cloak-map.js';
 import { type ErrorCode, MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
-import { checkCandidate } from '../switches/candidate.js';
+import { checkCandidate, isByteCandidate } from '../switches/candidate.js';
 import { type Gfn, type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { HiddenMemory, HiddenPiece, Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../x86/instruction.js';
@@ -176,23 +176,38 @@ export class Monitor implements HiddenMemory {
     if (this.#writes.size <= MAX_PENDING_WRITES) this.#writes.set(`${write.gpa} ${write.length}`, write);
   }
 
-  /** Rules 0 to 9 of HVMI's documentation; false when the reader is something else. */
+  /** False when the reader is something else than a load of a table. */
   #countTableLoad(instruction: Instruction, violation: Violation): boolean {
-    const verdict = checkCandidate(
-      instruction,
-      violation.gva,
-      { start: this.kernel.base, end: this.kernel.end },
-      this.kernel.ssdt,
-    );
-    const source = instruction.operands[1];
-    if (!verdict.accepted || source?.kind !== 'memory') return false;
-    const base = source.base === Register.None ? 0n : violation.register(gprName(source.base));
-    const site = this.sites.find(violation.rip, BigInt.asUintN(64, base + source.displacement));
+    const table = this.#dwordTable(instruction, violation) ?? this.#byteTable(instruction, violation);
+    const site = table === undefined ? undefined : this.sites.find(violation.rip, table);
     if (site === undefined) return false;
     this.tableLoads++;
     site.hits++;
     this.#queueIfHot(site);
     return true;
+  }
+
+  /** The table whose dword is read, by rules 0 to 9 of HVMI's documentation. */
+  #dwordTable(instruction: Instruction, violation: Violation): Gva | undefined {
+    const { base, end, ssdt } = this.kernel;
+    const source = instruction.operands[1];
+    if (!checkCandidate(instruction, violation.gva, { start: base, end }, ssdt).accepted) return undefined;
+    if (source?.kind !== 'memory') return undefined;
+    const value = source.base === Register.None ? 0n : violation.register(gprName(source.base));
+    return BigInt.asUintN(64, value + source.displacement);
+  }
+
+  /**
+   * The byte table of a two-level switch that is read. Without a scale either register may hold the image base, and one
+   * of them has to: there are many other readers of bytes.
+   */
+  #byteTable(instruction: Instruction, violation: Violation): Gva | undefined {
+    const { base, end, ssdt } = this.kernel;
+    const source = instruction.operands[1];
+    if (!isByteCandidate(instruction, violation.gva, { start: base, end }, ssdt)) return undefined;
+    if (source?.kind !== 'memory') return undefined;
+    const holdsBase = [source.base, source.index].some((name) => violation.register(gprName(name)) === base);
+    return holdsBase ? BigInt.asUintN(64, base + source.displacement) : undefined;
   }
 
   #queueIfHot(site: Site): void {

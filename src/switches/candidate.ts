@@ -22,8 +22,9 @@ export type CandidateVerdict =
   | { readonly accepted: true }
   | { readonly accepted: false; readonly rule: number; readonly reason: CandidateRefusal };
 
-/** Bytes of an entry of the table that a candidate reads. */
+/** Bytes of an entry of the table that a candidate reads, and of the register that it loads. */
 export const TABLE_ENTRY_SIZE = 4;
+const BYTE_ENTRY_SIZE = 1;
 /** E9 rel32, which replaces the load. */
 export const NEAR_JUMP_LENGTH = 5;
 
@@ -52,6 +53,25 @@ export function checkCandidate(
   if (!contains(kernel, readGva)) return refused('read-outside-kernel');
   if (ssdt !== undefined && contains(ssdt, readGva)) return refused('read-in-ssdt');
   return { accepted: true };
+}
+
+/**
+ * Whether `instruction`, which was about to read `readGva`, looks like the byte load of a two-level switch,
+ * `movzx r32, byte ptr [base + index + table]`. HVMI's rules know no loads of bytes; these are their counterpart.
+ */
+export function isByteCandidate(
+  { mnemonic, operands, length }: Pick<Instruction, 'mnemonic' | 'operands' | 'length'>,
+  readGva: Gva,
+  kernel: GvaRange,
+  ssdt: GvaRange | undefined,
+): boolean {
+  const [destination, source] = operands;
+  if (mnemonic !== Mnemonic.Movzx || destination?.kind !== 'register' || source?.kind !== 'memory')
+    return false;
+  if (destination.size !== TABLE_ENTRY_SIZE || source.size !== BYTE_ENTRY_SIZE) return false;
+  if (source.base === Register.None || source.index === Register.None || source.scale !== 1) return false;
+  if (length < NEAR_JUMP_LENGTH || !contains(kernel, readGva)) return false;
+  return ssdt === undefined || !contains(ssdt, readGva);
 }
 
 function refused(reason: CandidateRefusal): CandidateVerdict {

@@ -6,6 +6,7 @@ import { SiteTable } from '../../src/memtables/sites.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import type { Hypervisor, Violation } from '../../src/vmi/hypervisor.js';
 import { InstructionCache } from '../../src/x86/instruction-cache.js';
+import type { GprName } from '../../src/x86/registers.js';
 
 const CODE = 0xffff_f800_0000_0000n;
 const STORE_BYTE = [0x88, 0x11]; // mov [rcx], dl
@@ -15,7 +16,7 @@ const ORIGINAL = 0x11;
 const CURRENT = 0x22;
 
 /** A monitor that sees this code at `CODE`, and memory that holds what was put there. */
-function setUp(code: number[]) {
+function setUp(code: number[], registers: Partial<Record<GprName, bigint>> = {}) {
   const owner = { label: 'x', patch: { gva: 0n, bytes: Buffer.alloc(0) }, journalled: new Map() };
   const cloaks = new CloakMap<CodeChange>();
   const hide = (gpa: bigint, length: number) =>
@@ -42,7 +43,8 @@ function setUp(code: number[]) {
       read: () => Buffer.from([...guest.code, ...Buffer.alloc(15)]).subarray(0, 15),
     },
   } as unknown as Kernel;
-  const monitor = new Monitor(hypervisor, kernel, cloaks, new InstructionCache(), new SiteTable(), 50);
+  const sites = new SiteTable();
+  const monitor = new Monitor(hypervisor, kernel, cloaks, new InstructionCache(), sites, 50);
   const violate = (gpa: bigint, kind: 'read' | 'write') =>
     monitor.handle({
       vcpu: 0,
@@ -52,9 +54,9 @@ function setUp(code: number[]) {
       read: kind === 'read',
       write: kind === 'write',
       execute: false,
-      register: () => 0n,
+      register: (name) => registers[name] ?? 0n,
     } satisfies Violation);
-  return { monitor, hide, violate, guest, flushes: () => flushes };
+  return { monitor, sites, hide, violate, guest, flushes: () => flushes };
 }
 
 describe('guest writes to hidden bytes', () => {
@@ -119,5 +121,36 @@ describe('a read is answered with all hidden bytes that it may reach', () => {
     hide(0x1200n, 4);
     expect(violate(0x1000n, 'read')).toBeUndefined();
     expect(violate(0x1101n, 'read')).toHaveLength(256);
+  });
+});
+
+describe('a load of a byte counts as one of a table', () => {
+  const DISPLACEMENT = 0x1234n;
+  const LOAD = [0x0f, 0xb6, 0x84, 0x02, 0x34, 0x12, 0, 0]; // movzx eax, byte ptr [rdx+rax+0x1234]
+
+  test.each([
+    ['base', { rdx: CODE, rax: 5n }],
+    ['index', { rax: CODE, rdx: 5n }],
+  ])('with the image base in the place of the %s', (_, registers) => {
+    const { monitor, sites, violate } = setUp(LOAD, registers);
+    violate(CODE + DISPLACEMENT + 5n, 'read');
+    expect(monitor.tableLoads).toBe(1);
+    expect([...sites.all()]).toMatchObject([{ rip: CODE, table: CODE + DISPLACEMENT, hits: 1 }]);
+  });
+
+  test('only where a register holds the image base: there are many readers of bytes', () => {
+    const { monitor, violate } = setUp(LOAD, { rdx: CODE + 1n, rax: 5n });
+    violate(CODE + DISPLACEMENT + 6n, 'read');
+    expect([monitor.tableLoads, monitor.otherReads]).toEqual([0, 1]);
+  });
+
+  test.each([
+    ['that is sign-extended', [0x0f, 0xbe, 0x84, 0x02]],
+    ['into 16 bits', [0x66, 0x0f, 0xb6, 0x84, 0x02]],
+    ['with a scale', [0x0f, 0xb6, 0x84, 0x42]],
+  ])('but not one %s', (_, opcode) => {
+    const { monitor, violate } = setUp([...opcode, 0x34, 0x12, 0, 0], { rdx: CODE, rax: 5n });
+    violate(CODE + DISPLACEMENT + 5n, 'read');
+    expect([monitor.tableLoads, monitor.otherReads]).toEqual([0, 1]);
   });
 });
