@@ -3,6 +3,8 @@ import type { EngineEvent, UnloadReport } from '../memtables/report.js';
 import { hex } from '../vmi/address.js';
 import { loadRefusal } from './reasons.js';
 
+type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
+
 /** One line for each event; `undefined` for one that has been told of already. */
 export function describeEvents(): (event: EngineEvent) => string | undefined {
   let waiting = false;
@@ -11,7 +13,7 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       case 'hooked':
         return `hooked ${event.name} at ${hex(event.function)}, ${event.replacedBytes} bytes moved to ${hex(event.trampoline)}`;
       case 'relocated':
-        return `relocated ${event.form} load at ${hex(event.site)} (${plural(event.entries, 'entry', 'entries')}) to a ${event.encoder} handler at ${hex(event.handler)} after ${event.hits} hits`;
+        return describeRelocation(event);
       case 'refused':
         return `left the load at ${hex(event.site)} alone: ${inWords(event.reason)}`;
       case 'taken-back':
@@ -23,6 +25,12 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       }
     }
   };
+}
+
+function describeRelocation({ form, site, entries, encoder, handlers, hits }: Relocated): string {
+  const what = `${form} switch at ${hex(site)} (${plural(entries, 'entry', 'entries')})`;
+  const places = handlers.map(({ gva }) => hex(gva)).join(' and ');
+  return `relocated ${what} to ${encoder} code at ${places} after ${plural(hits, 'hit')}`;
 }
 
 function inWords(reason: string): string {

@@ -12,6 +12,9 @@ export interface GuestVerdict {
   readonly identicalAfterUnload: boolean;
 }
 
+/** More threads than the guest has. */
+const MOST_THREADS = 64;
+
 /** How much faster one-level switches must be once they are relocated. */
 const REQUIRED_SPEEDUP = 20;
 
@@ -47,9 +50,9 @@ export function speedShortcomings(phases: Phases, relocations: number): string[]
 type Violations = HostStatistics['violations'];
 
 export interface RelocatedPhase {
-  /** Loads relocated before the phase began. */
+  /** Switches relocated before the phase began. */
   readonly before: readonly Relocated[];
-  /** Loads relocated since, up to the unload. */
+  /** Switches relocated since, up to the unload. */
   readonly during: readonly Relocated[];
   /** What the host had counted when the phase began, when it ended, and after the unload. */
   readonly from: Violations;
@@ -63,18 +66,28 @@ export interface RelocatedPhase {
  * The host counts a violation when it is raised, and as stale when it is answered, which may be after the phase: stale
  * ones are therefore taken from the last look. Of a load that was relocated before the phase, the host's counts alone
  * decide. Of a load that became hot in the phase, every violation up to its relocation, at which none was
- * outstanding, is one of the engine's hits.
+ * outstanding, is one of the engine's hits. To a load that follows another one a thread may still have been on its way.
  */
 export function lateViolations({ before, during, from, to, end }: RelocatedPhase): string[] {
   const raisedBefore = (rip: string) => violationsAt(from, rip) - staleAt(from, rip);
   return [
-    ...before.map(({ site }) => ({ rip: hex(site), allowed: raisedBefore(hex(site)) })),
-    ...during.map(({ site, hits }) => ({ rip: hex(site), allowed: hits })),
-  ].flatMap(({ rip, allowed }) => {
-    const late = violationsAt(to, rip) - staleAt(end, rip) - allowed;
+    ...loadsOf(before).map((load) => ({ ...load, allowed: raisedBefore(load.rip) })),
+    ...loadsOf(during).map((load) => ({ ...load, allowed: load.hits })),
+  ].flatMap(({ rip, allowed, stragglers }) => {
+    const late = violationsAt(to, rip) - staleAt(end, rip) - allowed - stragglers;
     const name = to.sites.find((site) => site.rip === rip)?.site;
     return late > 0 ? [`${name} was still trapped ${late} times after it had been relocated`] : [];
   });
+}
+
+function loadsOf(relocated: readonly Relocated[]) {
+  return relocated.flatMap(({ loads }) =>
+    loads.map(({ site, hits, stillReached }) => ({
+      rip: hex(site),
+      hits,
+      stragglers: stillReached ? MOST_THREADS : 0,
+    })),
+  );
 }
 
 function violationsAt({ sites }: Violations, rip: string): number {

@@ -12,10 +12,11 @@ import { InstructionCache } from '../x86/instruction-cache.js';
 import { Hooks } from './hooks.js';
 import { Monitor } from './monitor.js';
 import { type CodeChange, Patcher } from './patcher.js';
+import { Placer } from './placer.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
-import { SiteTable } from './sites.js';
+import { ignore, SiteTable } from './sites.js';
 import { Unloader } from './unloader.js';
 
 export interface EngineOptions {
@@ -73,7 +74,8 @@ export class Engine {
     this.#relocator = new Relocator(
       kernel,
       functions,
-      this.#slack,
+      this.#sites,
+      new Placer(this.#slack),
       this.#redirections,
       readOriginal,
       options.handler,
@@ -128,11 +130,11 @@ export class Engine {
       // The guest need not be paused for it; what else there is to do the next step does.
       return;
     }
+    if (prepared === undefined && !this.#monitor.hasWrites) return;
     whileQuiescent(this.#hypervisor, () => {
       this.#takeBackOverwritten();
       this.#unloader.removeDisabled();
-      if (site !== undefined && prepared !== undefined)
-        this.#options.report(this.#relocator.relocate(site, prepared));
+      if (prepared !== undefined) this.#options.report(this.#relocator.relocate(prepared));
     });
   }
 
@@ -175,7 +177,7 @@ export class Engine {
     return {
       violations: monitor.violations,
       tableLoads: monitor.tableLoads,
-      relocations: this.#redirections.ofKind('relocation').length,
+      relocations: new Set(this.#redirections.ofKind('relocation').map(({ label }) => label)).size,
       refused,
       staleEvents: monitor.staleEvents,
       cloakedReads: Object.fromEntries(monitor.cloakedReads),
@@ -206,9 +208,7 @@ export class Engine {
       // It ends in code that is the guest's no longer.
       redirection.evacuation = undefined;
       for (const site of this.#sites.all()) {
-        if (site.redirection !== redirection) continue;
-        site.state = 'ignored';
-        site.refusal = 'overwritten-by-guest';
+        if (site.redirection === redirection) ignore(site, 'overwritten-by-guest');
       }
       this.#options.report({ type: 'taken-back', owner: redirection.label, at: redirection.at });
     }

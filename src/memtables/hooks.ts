@@ -83,7 +83,8 @@ export class Hooks {
       if (!('entry' in plan)) this.slack.free(slack);
     }
     if (!('entry' in plan)) return plan;
-    return this.redirections.install('hook', name, { code: plan.trampoline, jump: plan.entry }, slack);
+    const { trampoline: code, entry: jump } = plan;
+    return this.redirections.install({ kind: 'hook', label: name, code, jump, slack });
   }
 
   #plan(

@@ -64,7 +64,12 @@ export class Monitor implements HiddenMemory {
 
   /** True when the next work step has something to do. */
   get hasWork(): boolean {
-    return this.#queue.length > 0 || this.#writes.size > 0;
+    return this.#queue.length > 0 || this.hasWrites;
+  }
+
+  /** True when the guest has written to hidden bytes. */
+  get hasWrites(): boolean {
+    return this.#writes.size > 0;
   }
 
   handle(violation: Violation): ViolationAnswer {
@@ -115,9 +120,12 @@ export class Monitor implements HiddenMemory {
     }
   }
 
-  /** The next site to relocate, each once. */
+  /** The next site to relocate, each once; not those that have been dealt with together with another. */
   takeSite(): Site | undefined {
-    return this.#queue.shift();
+    for (;;) {
+      const site = this.#queue.shift();
+      if (site === undefined || site.state === 'queued') return site;
+    }
   }
 
   /** The guest's writes to hidden bytes; `unknown` when there were too many to remember. */

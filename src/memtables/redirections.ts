@@ -6,10 +6,20 @@ import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import type { Gva } from '../vmi/address.js';
 import type { CodeChange, Patcher } from './patcher.js';
 
+/** Guest code to be replaced by a jump, and code of ours in slack that it leads to. */
+export interface RedirectionPlan {
+  readonly kind: 'relocation' | 'hook';
+  /** What it is, for a person; those of one switch have it in common. */
+  readonly label: string;
+  readonly code: Patch;
+  readonly jump: Patch;
+  readonly slack: SlackBlock;
+  readonly evacuation?: Evacuation;
+}
+
 /** Guest code replaced by a jump, and code of ours in slack that it leads to: a relocated load, or a hook. */
 export interface Redirection {
-  readonly kind: 'relocation' | 'hook';
-  /** What it is, for a person. */
+  readonly kind: RedirectionPlan['kind'];
   readonly label: string;
   readonly at: Gva;
   /** Bytes that the jump replaces. */
@@ -40,40 +50,41 @@ export class Redirections {
   }
 
   /**
-   * Writes the code, then the jump to it; either both are in the guest afterwards or none. `slack` is given back when
+   * Writes the code, then the jump to it; either both are in the guest afterwards or none. The slack is given back when
    * they are taken out.
    *
    * @throws MemtablesError of the hypervisor or the journal; `ROLLBACK_FAILED` when what was written could not be
    *   taken out again: it stays in the list, disabled if that at least worked, for `remove` to try once more
    */
-  install(
-    kind: Redirection['kind'],
-    label: string,
-    patches: { readonly code: Patch; readonly jump: Patch },
-    slack: SlackBlock,
-    evacuation?: Evacuation,
-  ): Redirection {
-    const code = this.patcher.prepare(`code of ${label}`, patches.code);
-    const jump = this.patcher.prepare(`jump of ${label}`, patches.jump);
-    const { gva, bytes } = patches.jump;
+  install(plan: RedirectionPlan): Redirection {
+    return this.installAll([plan])[0]!;
+  }
+
+  /** As `install`, for several: all of them are in the guest afterwards or none. */
+  installAll(plans: readonly RedirectionPlan[]): Redirection[] {
+    const redirections = plans.map((plan) => this.#prepare(plan));
+    try {
+      for (const { code } of redirections) this.patcher.apply(code);
+      for (const { jump } of redirections) this.patcher.apply(jump!);
+    } catch (error) {
+      this.#rollBack(redirections, error);
+      throw error;
+    }
+    return redirections;
+  }
+
+  #prepare({ kind, label, code, jump, slack, evacuation }: RedirectionPlan): Redirection {
     const redirection: Redirection = {
       kind,
       label,
-      at: gva,
-      length: bytes.length,
-      code,
-      jump,
+      at: jump.gva,
+      length: jump.bytes.length,
+      code: this.patcher.prepare(`code of ${label}`, code),
+      jump: this.patcher.prepare(`jump of ${label}`, jump),
       slack,
       evacuation,
     };
     this.#all.add(redirection);
-    try {
-      this.patcher.apply(code);
-      this.patcher.apply(jump);
-    } catch (error) {
-      this.#rollBack(redirection, error);
-      throw error;
-    }
     return redirection;
   }
 
@@ -128,16 +139,24 @@ export class Redirections {
       .map(({ at, length, label }) => interiorOf(at, length, label));
   }
 
-  #rollBack(redirection: Redirection, cause: unknown): void {
-    try {
-      this.remove(redirection);
-    } catch (failure) {
-      throw new MemtablesError('ROLLBACK_FAILED', `${redirection.label} could not be taken back`, {
-        remedy: 'The journal lists the bytes to put back; restart the guest if nothing else can.',
-        context: { at: redirection.at, why: failure instanceof Error ? failure.message : String(failure) },
-        cause,
-      });
-    }
+  /** Takes out what can be taken out, whatever else fails. */
+  #rollBack(redirections: readonly Redirection[], cause: unknown): void {
+    const failures = redirections.flatMap((redirection) => {
+      try {
+        this.remove(redirection);
+        return [];
+      } catch (failure) {
+        return [failure];
+      }
+    });
+    if (failures.length === 0) return;
+    const [{ label, at }] = redirections as [Redirection];
+    const why = failures.map((failure) => (failure instanceof Error ? failure.message : String(failure)));
+    throw new MemtablesError('ROLLBACK_FAILED', `${label} could not be taken back`, {
+      remedy: 'The journal lists the bytes to put back; restart the guest if nothing else can.',
+      context: { at, why },
+      cause,
+    });
   }
 }
 

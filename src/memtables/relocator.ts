@@ -1,5 +1,4 @@
-import { MemtablesError } from '../errors.js';
-import type { HandlerPlan } from '../handlers/plan.js';
+import type { HandlerLayout } from '../handlers/plan.js';
 import {
   affordable,
   type Candidate,
@@ -10,14 +9,14 @@ import {
 } from '../handlers/planner.js';
 import type { Kernel } from '../nt/kernel.js';
 import type { FunctionTable } from '../nt/pdata.js';
-import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
 import { instabilityOf } from '../slack/regions.js';
-import { functionAt } from '../switches/functions.js';
+import { type CodeRange, functionAt } from '../switches/functions.js';
 import { type FoundSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
+import type { PlacedHandler, Placer } from './placer.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
-import type { Site } from './sites.js';
+import { ignore, replace, type Site, type SiteTable } from './sites.js';
 
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
@@ -25,25 +24,35 @@ const ENTRY_BYTES = 4;
 /** Trapped vCPUs stand still while a load is proven: no function of a kernel is larger. */
 const MOST_FUNCTION_BYTES = 64 * 1024;
 
-interface Placed {
+/** What a switch can be replaced by, in whole or in part. */
+interface Way {
   readonly candidate: Candidate;
-  readonly plan: HandlerPlan;
-  readonly slack: SlackBlock;
+  readonly parts: readonly HandlerLayout[];
 }
 
-interface Prepared {
+interface Placed {
+  readonly candidate: Candidate;
+  readonly handlers: readonly PlacedHandler[];
+}
+
+/** A hot load, the switch that it belongs to, and what that can be replaced by. */
+export interface Prepared {
+  readonly hot: Site;
   readonly proof: FoundSwitch;
+  /** The switch's loads: first that of a dword, by which it is known. */
+  readonly loads: readonly Site[];
   readonly plans: readonly HandlerPlanning[];
 }
 
-/** Replaces a hot table load by a jump to a handler that loads immediates. */
+/** Replaces the loads of a switch by jumps to handlers that load immediates. */
 export class Relocator {
   readonly #recogniser: SwitchRecogniser;
 
   constructor(
     private readonly kernel: Kernel,
     private readonly functions: FunctionTable,
-    private readonly slack: SlackAllocator,
+    private readonly sites: SiteTable,
+    private readonly placer: Placer,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
     private readonly handler: HandlerChoice,
@@ -52,26 +61,26 @@ export class Relocator {
   }
 
   /**
-   * What is proven about `site` from the image as it was at discovery, and what it can be replaced by; otherwise marks
-   * it as ignored and says why. Takes its time and needs no pause.
+   * What is proven about the switch of `hot` from the image as it was at discovery, and what it can be replaced by;
+   * otherwise marks the load as ignored and says why. Takes its time and needs no pause.
    */
-  prepare(site: Site): Prepared | Outcome {
-    const proof = this.#proofOf(site);
-    if (typeof proof === 'string') return ignore(site, proof);
-    return { proof, plans: planHandlers(proof, this.kernel.base, this.handler) };
+  prepare(hot: Site): Prepared | Outcome {
+    const proof = this.#proofOf(hot);
+    if (typeof proof === 'string') return refuse([hot], proof);
+    const loads = tablesOf(proof).flatMap(({ load, begin }) => this.#siteOf(load, begin) ?? []);
+    return { hot, proof, loads, plans: planHandlers(proof, this.kernel.base, this.handler) };
   }
 
   /**
-   * Relocates `site`, or marks it as ignored with the reason. For a quiescent guest.
+   * Relocates the switch, or marks its loads as ignored with the reason. For a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
-  relocate(site: Site, { proof, plans }: Prepared): Outcome {
-    if (this.redirections.overlapping(site.rip, proof.length) !== undefined)
-      return ignore(site, 'overlaps-hook');
-    if (!this.#isUnchanged(proof)) return ignore(site, 'code-has-changed');
+  relocate(prepared: Prepared): Outcome {
+    const { proof, loads, plans } = prepared;
+    if (!this.#isUnchanged(proof)) return refuse(loads, 'code-has-changed');
     const placed = this.#place(plans);
-    return typeof placed === 'string' ? ignore(site, placed) : this.#install(site, proof, plans, placed);
+    return typeof placed === 'string' ? refuse(loads, placed) : this.#install(prepared, placed);
   }
 
   #proofOf(site: Site): FoundSwitch | string {
@@ -82,9 +91,12 @@ export class Relocator {
     if (unstable !== undefined) return unstable;
     const proof = this.#recogniser.prove(rva);
     if (!proof.found) return proof.reason;
-    if (site.table !== kernel.base + BigInt(proof.table)) return 'another-table-was-read';
-    const tables = [proof.table, ...(proof.byteTable === undefined ? [] : [proof.byteTable.table])];
-    const unstableTable = tables.map((table) => this.#instabilityAt(table)).find((why) => why !== undefined);
+    const tables = tablesOf(proof);
+    const own = tables.find(({ load }) => load === rva);
+    if (own === undefined || site.table !== this.#gva(own.begin)) return 'another-table-was-read';
+    const unstableTable = tables
+      .map(({ begin }) => this.#instabilityAt(begin))
+      .find((why) => why !== undefined);
     return unstableTable === undefined ? proof : `table-${unstableTable}`;
   }
 
@@ -93,73 +105,114 @@ export class Relocator {
     return section === undefined ? 'outside-sections' : instabilityOf(section);
   }
 
+  #gva(rva: number): Gva {
+    return this.kernel.base + BigInt(rva);
+  }
+
+  #siteOf(load: number, table: number): Site | undefined {
+    return this.sites.find(this.#gva(load), this.#gva(table));
+  }
+
   /** Whether all that the proof rests on is in memory now as it was at discovery. */
-  #isUnchanged({ rva, table, entries, byteTable }: FoundSwitch): boolean {
-    const code = functionAt(this.kernel.image, this.functions, rva)!.ranges;
-    const ranges = [...code, { begin: table, end: table + entries * ENTRY_BYTES }];
-    if (byteTable !== undefined) {
-      ranges.push({ begin: byteTable.table, end: byteTable.table + byteTable.entries });
-    }
-    return ranges.every(({ begin, end }) => {
-      const now = this.readOriginal(this.kernel.base + BigInt(begin), end - begin);
+  #isUnchanged(proof: FoundSwitch): boolean {
+    const code = functionAt(this.kernel.image, this.functions, proof.rva)!.ranges;
+    return [...code, ...tablesOf(proof)].every(({ begin, end }) => {
+      const now = this.readOriginal(this.#gva(begin), end - begin);
       return now !== undefined && Buffer.compare(now, this.kernel.image.read(begin, end - begin)) === 0;
     });
   }
 
-  /** The fastest handler for which there is slack, with its place; otherwise the reason why there is none. */
+  /** The fastest handlers for which there is slack, with their places; otherwise the reason why there are none. */
   #place(plans: readonly HandlerPlanning[]): Placed | string {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
-    for (const candidate of affordable(plans, this.slack.freeBytes)) {
-      const slack = this.#allocate(candidate.size);
-      if (slack === undefined) {
-        reason = 'no-slack';
+    for (const { candidate, parts } of this.#waysOf(plans)) {
+      const handlers = this.placer.place(parts);
+      if (typeof handlers === 'string') {
+        reason = handlers;
         continue;
       }
-      const plan = candidate.parts[0]!.at(slack.gva);
-      if (plan.refused === undefined) return { candidate, plan, slack };
-      reason = plan.refused;
-      this.slack.free(slack);
+      const obstacle = this.#obstacleTo(handlers);
+      if (obstacle === undefined) return { candidate, handlers };
+      this.placer.release(handlers);
+      reason = obstacle;
     }
     return reason;
   }
 
-  #allocate(size: number): SlackBlock | undefined {
-    try {
-      return this.slack.allocate(size);
-    } catch (error) {
-      if (error instanceof MemtablesError && error.code === 'SLACK_EXHAUSTED') return undefined;
-      throw error;
-    }
+  /** Where no handlers for the whole switch fit, one of its two loads less is a gain, too. */
+  #waysOf(plans: readonly HandlerPlanning[]): Way[] {
+    const candidates = affordable(plans, this.placer.freeBytes);
+    const whole = candidates.map((candidate) => ({ candidate, parts: candidate.parts }));
+    const halves = candidates
+      .filter(({ parts }) => parts.length > 1)
+      .flatMap((candidate) => candidate.parts.map((part) => ({ candidate, parts: [part] })));
+    return [...whole, ...halves];
   }
 
-  #install(
-    site: Site,
-    proof: FoundSwitch,
-    plans: readonly HandlerPlanning[],
-    { candidate, plan, slack }: Placed,
-  ): Outcome {
-    const label = `${proof.form} load at ${hex(site.rip)}`;
-    const patches = { code: plan.handler, jump: plan.site };
-    site.redirection = this.redirections.install('relocation', label, patches, slack, plan.evacuation);
-    site.state = 'relocated';
+  #obstacleTo(handlers: readonly PlacedHandler[]): string | undefined {
+    const overlaps = handlers.some(
+      ({ plan: { site } }) => this.redirections.overlapping(site.gva, site.bytes.length) !== undefined,
+    );
+    return overlaps ? 'overlaps-hook' : undefined;
+  }
+
+  #install({ hot, proof, loads, plans }: Prepared, { candidate, handlers }: Placed): Outcome {
+    const label = `${proof.form} switch at ${hex(this.#gva(proof.rva))}`;
+    const installed = this.redirections.installAll(
+      handlers.map(({ plan, slack }) => ({
+        kind: 'relocation',
+        label,
+        code: plan.handler,
+        jump: plan.site,
+        slack,
+        evacuation: plan.evacuation,
+      })),
+    );
+    for (const load of loads) {
+      const part = handlers.findIndex(({ replaces }) => replaces.includes(load.rip));
+      if (part === -1) ignore(load, 'only-other-load-relocated');
+      else replace(load, installed[part]!);
+    }
     return {
       type: 'relocated',
-      site: site.rip,
-      table: site.table,
+      site: this.#gva(proof.rva),
+      table: this.#gva(proof.table),
       form: proof.form,
       entries: proof.entries,
-      handler: slack.gva,
+      loads: loads.flatMap(({ rip: site, hits, state }) => {
+        const stillReached = handlers.some(({ replaces }) => replaces.indexOf(site) > 0);
+        return state === 'relocated' ? [{ site, hits, stillReached }] : [];
+      }),
+      handlers: handlers.map(({ plan, slack }) => ({
+        site: plan.site.gva,
+        gva: slack.gva,
+        bytes: slack.size,
+      })),
       encoder: candidate.encoder,
-      handlerBytes: slack.size,
+      handlerBytes: handlers.reduce((total, { slack }) => total + slack.size, 0),
       passedOver: passedOver(plans, candidate),
-      hits: site.hits,
+      hits: hot.hits,
     };
   }
 }
 
-function ignore(site: Site, reason: string): Outcome {
-  site.state = 'ignored';
-  site.refusal = reason;
-  return { type: 'refused', site: site.rip, table: site.table, reason };
+/** The tables of a switch and the loads that read them; first that of dwords. */
+function tablesOf({
+  rva,
+  table,
+  entries,
+  byteTable,
+}: FoundSwitch): (CodeRange & { readonly load: number })[] {
+  const dwords = { load: rva, begin: table, end: table + entries * ENTRY_BYTES };
+  if (byteTable === undefined) return [dwords];
+  const { rva: load, table: begin } = byteTable;
+  return [dwords, { load, begin, end: begin + byteTable.entries }];
+}
+
+/** A switch that is left as it is counts once. */
+function refuse([site, ...others]: readonly Site[], reason: string): Outcome {
+  ignore(site!, reason);
+  for (const other of others) ignore(other);
+  return { type: 'refused', site: site!.rip, table: site!.table, reason };
 }

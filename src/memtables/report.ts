@@ -12,20 +12,41 @@ export type EngineEvent =
     }
   | {
       readonly type: 'relocated';
+      /** The switch's load of a dword, by which the switch is known, and its table. */
       readonly site: Gva;
       readonly table: Gva;
       readonly form: 'one-level' | 'two-level';
       readonly entries: number;
-      readonly handler: Gva;
+      readonly loads: readonly RelocatedLoad[];
+      /** One, or one for each load. */
+      readonly handlers: readonly Handler[];
       readonly encoder: Encoder;
+      /** Of all handlers. */
       readonly handlerBytes: number;
       /** Why others were not taken, by the encoder and its packing; not those that are slower. */
       readonly passedOver: Readonly<Record<string, string>>;
+      /** Of the load that had become hot. */
       readonly hits: number;
     }
   | { readonly type: 'refused'; readonly site: Gva; readonly table: Gva; readonly reason: string }
   | { readonly type: 'taken-back'; readonly owner: string; readonly at: Gva }
   | { readonly type: 'unload-blocked'; readonly where: readonly string[] };
+
+/** Code of ours in slack, and where the guest's code leads to it. */
+export interface Handler {
+  readonly site: Gva;
+  readonly gva: Gva;
+  readonly bytes: number;
+}
+
+/** A load that no thread executes any more. */
+export interface RelocatedLoad {
+  readonly site: Gva;
+  /** How often it had trapped. */
+  readonly hits: number;
+  /** A thread that was between the two loads of the switch still comes to this one. */
+  readonly stillReached: boolean;
+}
 
 /** The engine's counters since it attached. */
 export interface Statistics {
@@ -33,10 +54,11 @@ export interface Statistics {
   readonly violations: number;
   /** Violations by table loads that were counted towards a relocation. */
   readonly tableLoads: number;
+  /** Switches with a relocated load. */
   readonly relocations: number;
-  /** Table loads that will not be relocated, by reason. */
+  /** Switches, and loads that are of none, that will not be relocated, by reason. */
   readonly refused: Readonly<Record<string, number>>;
-  /** Violations of a site that were already under way when it was relocated. */
+  /** Violations by loads that were already under way when they were relocated. */
   readonly staleEvents: number;
   /** Reads answered with original bytes, by width (`8-byte`) or form (`rep movs`). */
   readonly cloakedReads: Readonly<Record<string, number>>;

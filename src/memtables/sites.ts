@@ -8,9 +8,22 @@ export interface Site {
   readonly table: Gva;
   hits: number;
   state: 'counted' | 'queued' | 'relocated' | 'ignored';
-  /** Why it is ignored. */
-  refusal?: string;
+  /** Why it is ignored; absent where another load of its switch says so. */
+  refusal?: string | undefined;
+  /** What has replaced it; no thread executes it any more. */
   redirection?: Redirection;
+}
+
+/** Nothing more is done about the load. */
+export function ignore(site: Site, refusal?: string): void {
+  site.state = 'ignored';
+  site.refusal = refusal;
+}
+
+export function replace(site: Site, redirection: Redirection): void {
+  site.state = 'relocated';
+  site.refusal = undefined;
+  site.redirection = redirection;
 }
 
 /** A guest can make up loads without end; real kernels have a few thousand, each with one table. */
@@ -38,7 +51,7 @@ export class SiteTable {
     return site;
   }
 
-  /** True when the instruction at `rip` is a jump of ours now. */
+  /** True when the load at `rip` has been replaced: only what had been under way still executes it. */
   isRelocated(rip: Gva): boolean {
     const sites = this.#byRip.get(rip);
     return sites?.some(({ redirection }) => redirection?.jump !== undefined) ?? false;

@@ -72,7 +72,8 @@ describe('violations after a relocation', () => {
       table: 0n,
       form: 'one-level',
       entries: 4,
-      handler: 0n,
+      loads: [{ site, hits, stillReached: false }],
+      handlers: [{ site, gva: 0n, bytes: 91 }],
       encoder: 'seed',
       handlerBytes: 91,
       passedOver: {},
@@ -134,6 +135,14 @@ describe('violations after a relocation', () => {
     test('that was relocated when the phase had ended had trapped less by then', () => {
       expect(late({ during, from: look(10, 0), to: look(40, 0), end: look(51, 0) })).toEqual([]);
     });
+  });
+
+  test('of a load that follows another there may be one for each thread that was between them, and no more', () => {
+    const first = relocated(100);
+    const before = [{ ...first, loads: [{ site: SITE, hits: 100, stillReached: true }] }];
+    const from = look(100, 0);
+    expect(late({ before, from, to: look(103, 0), end: look(103, 0) })).toEqual([]);
+    expect(late({ before, from, to: look(300, 0), end: look(300, 0) })).toHaveLength(1);
   });
 
   test('a load that is none of the workload’s is not looked for', () => {

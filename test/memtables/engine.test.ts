@@ -14,8 +14,10 @@ import { failingHypervisor } from '../support/failing-hypervisor.js';
 import {
   boundariesOf,
   handlerAt,
+  handlersOf,
   hookAll,
   preemptAt,
+  rangeOf,
   relocatedGuest,
   relocations,
   serve,
@@ -167,10 +169,10 @@ describe('engine on the embedded guest', () => {
     guest.hypervisor.advance = () => [];
     expect(() => engine.unload()).toThrow(expect.objectContaining({ code: 'UNLOAD_BLOCKED' }));
     expect(engine.loaded).toBe(true);
-    for (const { site, handler, handlerBytes } of relocations(events)) {
+    for (const { site, gva, bytes } of handlersOf(events)) {
       const rva = Number(site - kernel.base);
       expect(Buffer.from(kernel.memory.read(site, 5))).toEqual(Buffer.from(kernel.image.read(rva, 5)));
-      expect(kernel.memory.read(handler, handlerBytes).some((byte) => byte !== 0)).toBe(true);
+      expect(kernel.memory.read(gva, bytes).some((byte) => byte !== 0)).toBe(true);
     }
     expect(journal.outstanding).toBeGreaterThan(0);
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
@@ -206,7 +208,7 @@ describe('engine on the embedded guest', () => {
       const [system] = processes(kernel);
       const thread = [...threads(kernel, system!)].find(({ gva }) => gva !== running)!;
       const bytes = Buffer.alloc(40);
-      frame(relocations(events)[0]!.handler).forEach((value, at) => {
+      frame(handlersOf(events)[0]!.gva).forEach((value, at) => {
         bytes.writeBigUInt64LE(value, at * 8);
       });
       guest.machine.writePhysical(kernel.memory.translate(thread.kernelStack + SWITCH_FRAME_BYTES), bytes);
@@ -300,14 +302,15 @@ describe.each(ENCODERS)('a %s handler', (handler) => {
   test('a vCPU inside it blocks the scan at every instruction boundary, then leaves', () => {
     const { guest, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
     const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
-    const range = { start: inside.handler, end: inside.handler + BigInt(inside.handlerBytes), owner: 'x' };
     const boundaries = boundariesOf(kernel, inside);
     const visited: (string | undefined)[] = [];
     for (;;) {
       const { rip } = guest.machine.registers(0);
       if (handlerAt(events, rip) !== inside) break;
-      visited.push(boundaries.get(Number(rip - inside.handler)));
-      const scan = whileQuiescent(guest.hypervisor, () => scanGuest(guest.hypervisor, kernel, [range]));
+      visited.push(boundaries.get(Number(rip - inside.gva)));
+      const scan = whileQuiescent(guest.hypervisor, () =>
+        scanGuest(guest.hypervisor, kernel, [rangeOf(inside)]),
+      );
       expect(scan.verdict).toBe('blocked');
       stepOnce(guest, 0);
     }
@@ -318,17 +321,14 @@ describe.each(ENCODERS)('a %s handler', (handler) => {
 
   test('a thread preempted at any instruction boundary blocks', () => {
     const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
-    const places = new Map(relocations(events).map((each) => [each, boundariesOf(kernel, each)]));
+    const places = new Map(handlersOf(events).map((each) => [each, boundariesOf(kernel, each)]));
     for (const boundary of new Set([...places.values()].flatMap((names) => [...names.values()]))) {
       const there = preemptAt(guest, kernel, 0, (rip) => {
         const inside = handlerAt(events, rip);
-        return inside && places.get(inside)!.get(Number(rip - inside.handler)) === boundary
-          ? inside
-          : undefined;
+        return inside && places.get(inside)!.get(Number(rip - inside.gva)) === boundary ? inside : undefined;
       });
-      const range = { start: there.handler, end: there.handler + BigInt(there.handlerBytes), owner: 'x' };
       const { findings } = whileQuiescent(guest.hypervisor, () =>
-        scanGuest(guest.hypervisor, kernel, [range]),
+        scanGuest(guest.hypervisor, kernel, [rangeOf(there)]),
       );
       expect(findings.some(({ isRip, thread }) => isRip && thread !== undefined)).toBe(true);
     }

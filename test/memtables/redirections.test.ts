@@ -4,10 +4,12 @@ import { SlackAllocator } from '../../src/slack/allocator.js';
 import { GVA, twoPageGuest } from './two-page-guest.js';
 
 const SLACK = { section: '.text', gva: GVA + 0x1800n, size: 0x100 };
-const PATCHES = {
+const PLAN = {
+  kind: 'hook',
+  label: 'x',
   code: { gva: SLACK.gva, bytes: Buffer.alloc(24, 0xcc) },
   jump: { gva: GVA + 0x10n, bytes: Buffer.from('e911223344', 'hex') },
-};
+} as const;
 
 function setUp() {
   const guest = twoPageGuest();
@@ -17,22 +19,39 @@ function setUp() {
   return { ...guest, slack, redirections, before: Buffer.from(guest.memory) };
 }
 
-/** How many calls of the hypervisor a good run makes. */
-function callsOfGoodRun(): number {
-  const { failing, slack, redirections } = setUp();
-  redirections.install('hook', 'x', PATCHES, slack.allocate(24));
-  return failing.log.length;
+/** Two loads of one switch. */
+function pair(slack: SlackAllocator) {
+  return [0n, 0x40n].map((offset) => ({
+    ...PLAN,
+    code: { gva: PLAN.code.gva + offset, bytes: PLAN.code.bytes },
+    jump: { gva: PLAN.jump.gva + offset, bytes: PLAN.jump.bytes },
+    slack: slack.allocate(0x40),
+  }));
 }
 
-test('whichever call fails, neither code nor jump is in the guest, and the slack is free again', () => {
-  const calls = callsOfGoodRun();
+/** How many calls of the hypervisor a good run makes. */
+function callsOfGoodRun(run: (parts: ReturnType<typeof setUp>) => void): number {
+  const parts = setUp();
+  run(parts);
+  return parts.failing.log.length;
+}
+
+const installOne = ({ redirections, slack }: ReturnType<typeof setUp>) =>
+  redirections.install({ ...PLAN, slack: slack.allocate(24) });
+const installPair = ({ redirections, slack }: ReturnType<typeof setUp>) =>
+  redirections.installAll(pair(slack));
+
+test.each([
+  ['neither code nor jump is', installOne],
+  ['nothing of either of two is', installPair],
+])('whichever call fails, %s in the guest, and the slack is free again', (_, install) => {
+  const calls = callsOfGoodRun(install);
   expect(calls).toBeGreaterThan(8);
   for (let n = 1; n <= calls; n++) {
-    const { memory, before, trapped, journal, failing, slack, redirections } = setUp();
+    const parts = setUp();
+    const { memory, before, trapped, journal, failing, slack, redirections } = parts;
     failing.failAt(n);
-    expect(() => redirections.install('hook', 'x', PATCHES, slack.allocate(24))).toThrow(
-      expect.objectContaining({ code: 'HYPERVISOR_FAILED' }),
-    );
+    expect(() => install(parts)).toThrow(expect.objectContaining({ code: 'HYPERVISOR_FAILED' }));
     expect(memory).toEqual(before);
     expect([...trapped]).toEqual([]);
     expect(journal.outstanding).toBe(0);
@@ -42,15 +61,16 @@ test('whichever call fails, neither code nor jump is in the guest, and the slack
 });
 
 test('where taking it back fails too, it says so, stays in the list, and is taken out by the next attempt', () => {
-  const calls = callsOfGoodRun();
+  const calls = callsOfGoodRun(installPair);
   let twice = 0;
   for (let n = 1; n <= calls; n++) {
     for (let later = 1; later <= 6; later++) {
-      const { memory, before, trapped, journal, failing, slack, redirections } = setUp();
+      const parts = setUp();
+      const { memory, before, trapped, journal, failing, slack, redirections } = parts;
       failing.failAt(n, later);
       let error: unknown;
       try {
-        redirections.install('hook', 'x', PATCHES, slack.allocate(24));
+        installPair(parts);
       } catch (thrown) {
         error = thrown;
       }

@@ -1,9 +1,9 @@
 import type { HandlerChoice } from '../../src/handlers/planner.js';
 import type { Engine } from '../../src/memtables/engine.js';
-import type { EngineEvent } from '../../src/memtables/report.js';
+import type { EngineEvent, Handler } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { findProcessor } from '../../src/nt/processors.js';
-import { scanGuest } from '../../src/safety/scan.js';
+import { type LiveRange, scanGuest } from '../../src/safety/scan.js';
 import type { Hypervisor } from '../../src/vmi/hypervisor.js';
 import { Disassembler, FlowControl, Mnemonic } from '../../src/x86/instruction.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
@@ -65,22 +65,28 @@ export function relocatedGuest(
   return { guest, before, ...attached };
 }
 
-/** The relocation whose handler holds `rip`. */
-export function handlerAt(events: readonly EngineEvent[], rip: bigint): Relocated | undefined {
-  return relocations(events).find(
-    ({ handler, handlerBytes }) => rip >= handler && rip < handler + BigInt(handlerBytes),
-  );
+export function handlersOf(events: readonly EngineEvent[]): Handler[] {
+  return relocations(events).flatMap(({ handlers }) => handlers);
+}
+
+/** The handler that holds `rip`. */
+export function handlerAt(events: readonly EngineEvent[], rip: bigint): Handler | undefined {
+  return handlersOf(events).find(({ gva, bytes }) => rip >= gva && rip < gva + BigInt(bytes));
+}
+
+export function rangeOf({ gva, bytes }: Handler): LiveRange {
+  return { start: gva, end: gva + BigInt(bytes), owner: 'x' };
 }
 
 /**
  * The instructions of a handler by their offset: each of its header's has a name of its own, those of its blocks are
  * named alike.
  */
-export function boundariesOf(kernel: Kernel, { handler, handlerBytes }: Relocated): Map<number, string> {
+export function boundariesOf(kernel: Kernel, { gva, bytes }: Handler): Map<number, string> {
   const boundaries = new Map<number, string>();
-  const code = new Disassembler(kernel.memory.read(handler, handlerBytes), handler);
+  const code = new Disassembler(kernel.memory.read(gva, bytes), gva);
   let inHeader = true;
-  for (let at = 0; at < handlerBytes; ) {
+  for (let at = 0; at < bytes; ) {
     const { mnemonic, length, flow } = code.at(at)!;
     if (mnemonic !== Mnemonic.Int3)
       boundaries.set(at, inHeader ? `header ${boundaries.size}` : `block ${Mnemonic[mnemonic]} ${length}`);

@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { hookAll, relocations, serve } from './relocated-guest.js';
+import { handlersOf, hookAll, relocations, serve } from './relocated-guest.js';
 
 /** Leaves this much slack at the end of .text, and none anywhere else. */
 function guestWithSlack(bytes: number) {
@@ -49,7 +49,7 @@ test('slack that somebody has used since is not written over, and what lies behi
   serve(guest.hypervisor, engine, () => engine.statistics().tableLoads > 3000);
   expect(kernel.memory.readU8(used)).toBe(0x42);
   expect(relocations(events).length).toBeGreaterThan(0);
-  expect(relocations(events).every(({ handler }) => handler > used)).toBe(true);
+  expect(handlersOf(events).every(({ gva }) => gva > used)).toBe(true);
   engine.unload();
   expect(guest.wrongStreams()).toEqual([]);
   expect(kernel.memory.readU8(used)).toBe(0x42);
