@@ -1,17 +1,14 @@
 import { MemtablesError } from '../errors.js';
-import { type Gpa, type Gva, hex, PAGE_SIZE, pageBase } from '../vmi/address.js';
+import { type Gpa, type Gva, PAGE_SIZE, pageBase } from '../vmi/address.js';
 import { GuestMemory } from '../vmi/guest-memory.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
-import { ExportTable } from './exports.js';
+import { imageSize, KernelImage, MAX_IMAGE_BYTES, readImage } from './kernel-image.js';
 import { pageTableRoot } from './page-table.js';
-import { type PdbReference, PeImage } from './pe.js';
+import type { PdbReference, PeImage } from './pe.js';
 import type { Profile } from './profile.js';
-import { isPageable } from './sections.js';
 import { isKernelAddress, kernelPointer, Layout, structureInvalid } from './structure.js';
 
-/** How far below LSTAR the image is looked for; a kernel image has about 12 MB. */
-const MAX_IMAGE_BYTES = 64 * 1024 * 1024;
 const EFER_LONG_MODE_ACTIVE = 1n << 10n;
 const CR4_FIVE_LEVEL_PAGING = 1n << 12n;
 /** MZ. */
@@ -28,28 +25,18 @@ export interface GvaRange {
 }
 
 /** The kernel of a running guest: where it is, what it looked like, and how to read it now. */
-export class Kernel {
-  private exportTable: ExportTable | undefined;
-
+export class Kernel extends KernelImage {
   constructor(
-    readonly base: Gva,
-    /** The image as it was at discovery. */
-    readonly image: PeImage,
-    /** The pages that were not there at discovery (discarded or paged out), as RVAs; they read as zeros. */
-    readonly holes: ReadonlySet<number>,
+    base: Gva,
+    image: PeImage,
+    holes: ReadonlySet<number>,
     /** The kernel's address space as it is now, through the page table of the System process. */
     readonly memory: GuestMemory,
     readonly profile: Profile,
     /** The table of system services, which is read like a switch table but is none. */
     readonly ssdt: GvaRange,
-  ) {}
-
-  get end(): Gva {
-    return this.base + BigInt(this.image.sizeOfImage);
-  }
-
-  contains(gva: Gva): boolean {
-    return gva >= this.base && gva < this.end;
+  ) {
+    super('nt', base, image, holes);
   }
 
   /** The address of a symbol. @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */
@@ -57,15 +44,13 @@ export class Kernel {
     return this.base + BigInt(this.symbolRva(name));
   }
 
-  /** @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */
-  symbolRva(name: string): number {
+  /** Of any symbol of the profile. @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */
+  override symbolRva(name: string): number {
     return checkedSymbol(this.profile, this.image, name);
   }
 
-  /** The exported functions and data. @throws MemtablesError `IMAGE_INVALID` */
-  get exports(): ExportTable {
-    this.exportTable ??= ExportTable.read(this.image);
-    return this.exportTable;
+  override symbolAfter(rva: number): number | undefined {
+    return this.profile.symbolAfter(rva);
   }
 }
 
@@ -84,7 +69,6 @@ export class Kernel {
 export function discoverKernel(hypervisor: Hypervisor, profile: Profile): Kernel {
   const { base, memory } = locate(hypervisor);
   const { image, holes } = readImage(memory, base);
-  checkHoles(image, holes, base);
   checkIdentity(image.pdb(), profile);
   const systemMemory = openSystemMemory(hypervisor, profile, image, base, memory);
   const ssdt = readSsdtRange(systemMemory, profile, image, base);
@@ -134,36 +118,6 @@ function findImageBelow(memory: GuestMemory, lstar: Gva): Gva | undefined {
   return undefined;
 }
 
-/** The size of the PE64 image at `base`, 0 if there is none: data may well look like an MZ header. */
-function imageSize(memory: GuestMemory, base: Gva): number {
-  try {
-    const { sizeOfImage } = PeImage.fromMemory((rva, length) => memory.read(base + BigInt(rva), length));
-    return sizeOfImage <= MAX_IMAGE_BYTES ? sizeOfImage : 0;
-  } catch (error) {
-    if (error instanceof MemtablesError && NOT_AN_IMAGE.has(error.code)) return 0;
-    throw error;
-  }
-}
-
-const NOT_AN_IMAGE: ReadonlySet<string> = new Set([
-  'IMAGE_INVALID',
-  'GUEST_UNSUPPORTED',
-  'GUEST_MEMORY_UNMAPPED',
-]);
-
-/** Copies the whole image, so that everything derived from it fits together. */
-function readImage(memory: GuestMemory, base: Gva): { image: PeImage; holes: ReadonlySet<number> } {
-  const size = imageSize(memory, base);
-  const copy = Buffer.alloc(Math.ceil(size / PAGE_SIZE) * PAGE_SIZE);
-  const holes = new Set<number>();
-  for (let rva = 0; rva < copy.length; rva += PAGE_SIZE) {
-    const page = base + BigInt(rva);
-    if (memory.isMapped(page)) copy.set(memory.read(page, PAGE_SIZE), rva);
-    else holes.add(rva);
-  }
-  return { image: PeImage.fromMemory((rva, length) => copy.subarray(rva, rva + length)), holes };
-}
-
 function checkIdentity(found: PdbReference | undefined, profile: Profile): void {
   const wanted = profile.pdb;
   if (
@@ -187,25 +141,6 @@ function checkIdentity(found: PdbReference | undefined, profile: Profile): void 
 
 function describePdb(pdb: PdbReference): string {
   return `${pdb.name} ${pdb.guid}-${pdb.age}`;
-}
-
-/** Only what the kernel itself discards or pages out may be missing. */
-function checkHoles(image: PeImage, holes: ReadonlySet<number>, base: Gva): void {
-  for (const section of image.sections) {
-    if (section.discardable || isPageable(section)) continue;
-    const { name, rva, virtualSize } = section;
-    for (let page = rva - (rva % PAGE_SIZE); page < rva + virtualSize; page += PAGE_SIZE) {
-      if (!holes.has(page)) continue;
-      throw new MemtablesError(
-        'IMAGE_INVALID',
-        `this is a kernel image we cannot read whole: section ${name} has no page at ${hex(base + BigInt(page))}`,
-        {
-          remedy: 'Try again when the guest has finished booting; a guest that hides its kernel is refused.',
-          context: { section: name, rva: page, base },
-        },
-      );
-    }
-  }
 }
 
 /** The System process's page table maps the kernel whatever the vCPUs are doing. */

@@ -42,6 +42,7 @@ const OFFSETS: Record<string, Record<string, number>> = {
   },
   _KSTACK_CONTROL: { StackBase: 0, ActualLimit: 8, Previous: 0x10 },
   _KERNEL_STACK_SEGMENT: { StackBase: 0, StackLimit: 8, KernelStack: 0x10, InitialStack: 0x18 },
+  _KLDR_DATA_TABLE_ENTRY: { InLoadOrderLinks: 0, DllBase: 0x30, SizeOfImage: 0x40, BaseDllName: 0x58 },
   _KPCR: { GdtBase: 0, TssBase: 8, Self: 0x18, CurrentPrcb: 0x20, IdtBase: 0x38, Prcb: 0x180 },
   _KPRCB: {
     CurrentThread: 8,
@@ -62,6 +63,7 @@ const SYMBOLS: Record<string, number> = {
   PsInitialSystemProcess: 0x5000,
   PsActiveProcessHead: 0x5020,
   KiServiceLimit: 0x5030,
+  PsLoadedModuleList: 0x5040,
   KiProcessorBlock: 0x5100,
 };
 
@@ -142,8 +144,8 @@ export class FakeGuest implements Hypervisor {
     this.kernelRoot = this.newFrame();
     this.userRoot = this.newFrame();
     this.mapImage();
-    this.write64(this.symbol('PsActiveProcessHead'), this.symbol('PsActiveProcessHead'));
-    this.write64(this.symbol('PsActiveProcessHead') + 8n, this.symbol('PsActiveProcessHead'));
+    this.emptyList(this.symbol('PsActiveProcessHead'));
+    this.emptyList(this.symbol('PsLoadedModuleList'));
     this.system = this.addProcess('System', 4n);
     this.write64(this.symbol('PsInitialSystemProcess'), this.system);
     const idleProcess = this.newProcess('Idle', 0n);
@@ -274,6 +276,27 @@ export class FakeGuest implements Hypervisor {
       gsBase: 0x9_0000n,
       shadowGs: this.processors[vcpu]!.kpcr,
     });
+  }
+
+  /** Puts an image into the list of loaded modules; returns its entry. */
+  addModule(name: string, base: Gva, size: number): Gva {
+    const entry = this.allocate(0x1000);
+    const at = (field: string) => entry + this.offset('_KLDR_DATA_TABLE_ENTRY', field);
+    const text = Buffer.from(name, 'utf16le');
+    this.write(entry + 0x800n, text);
+    this.write64(at('DllBase'), base);
+    this.write64(at('SizeOfImage'), BigInt(size));
+    this.write64(at('BaseDllName'), BigInt(text.length | (text.length << 16)));
+    this.write64(at('BaseDllName') + 8n, entry + 0x800n);
+    this.append(this.symbol('PsLoadedModuleList'), at('InLoadOrderLinks'));
+    return entry;
+  }
+
+  /** Takes a module out of the list again. */
+  removeModule(entry: Gva): void {
+    const [next, previous] = [this.read64(entry), this.read64(entry + 8n)];
+    this.write64(previous, next);
+    this.write64(next + 8n, previous);
   }
 
   setIst(vcpu: number, number: number, top: Gva): void {

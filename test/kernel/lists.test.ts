@@ -1,10 +1,12 @@
 import { describe, expect, it } from 'vitest';
 import { discoverKernel } from '../../src/nt/kernel.js';
 import { walkList } from '../../src/nt/list.js';
+import { loadedModules } from '../../src/nt/modules.js';
 import { processes } from '../../src/nt/processes.js';
 import { findProcessor } from '../../src/nt/processors.js';
+import { parseProfile } from '../../src/nt/profile.js';
 import { checkedStack, savedStackPointer, threads } from '../../src/nt/threads.js';
-import { FakeGuest, profile, State } from './fake-guest.js';
+import { FakeGuest, IMAGE_SIZE, profile, profileText, State } from './fake-guest.js';
 
 const broken = expect.objectContaining({ name: 'MemtablesError', code: 'GUEST_STRUCTURE_INVALID' });
 const unmapped = expect.objectContaining({ name: 'MemtablesError', code: 'GUEST_MEMORY_UNMAPPED' });
@@ -129,6 +131,86 @@ describe('the threads of a process', () => {
     guest.set(waiting.gva, '_KTHREAD', 'StackLimit', 0x1_0000n);
     guest.set(waiting.gva, '_KTHREAD', 'StackBase', 0x1_6000n);
     expect(() => checkedStack(list()[0]!)).toThrow(broken);
+  });
+});
+
+describe('the list of loaded modules', () => {
+  const DRIVER = 0xffff_f804_3000_0000n;
+  const entryField = (guest: FakeGuest, entry: bigint, field: string) =>
+    entry + guest.offset('_KLDR_DATA_TABLE_ENTRY', field);
+
+  function guestWithModules() {
+    const guest = new FakeGuest();
+    guest.addModule('ntoskrnl.exe', guest.base, IMAGE_SIZE);
+    const driver = guest.addModule('dri ver.sys', DRIVER, 0x5000);
+    const last = guest.addModule('last.sys', DRIVER + 0x10_0000n, 0x1000);
+    const list = (of = profile) => [...loadedModules(discoverKernel(guest, of))];
+    return { guest, driver, last, list };
+  }
+
+  it('gives every module with its name and place', () => {
+    const { guest, list } = guestWithModules();
+    expect(list()).toEqual([
+      { name: 'ntoskrnl.exe', base: guest.base, size: IMAGE_SIZE },
+      { name: 'dri ver.sys', base: DRIVER, size: 0x5000 },
+      { name: 'last.sys', base: DRIVER + 0x10_0000n, size: 0x1000 },
+    ]);
+  });
+
+  it("is read with the loader's type where the profile has no other", () => {
+    const { list } = guestWithModules();
+    const renamed = profileText().replace('_KLDR_DATA_TABLE_ENTRY', '_LDR_DATA_TABLE_ENTRY');
+    expect(list(parseProfile(renamed, 'test'))).toHaveLength(3);
+  });
+
+  it('is empty for a profile that does not know it', () => {
+    const { list } = guestWithModules();
+    const without = profileText(({ symbols }) => delete symbols.PsLoadedModuleList);
+    expect(list(parseProfile(without, 'test'))).toEqual([]);
+  });
+
+  it.each([
+    ['a base in user space', 'DllBase', 0x40_0000n],
+    ['a base inside a page', 'DllBase', DRIVER + 1n],
+    ['no size', 'SizeOfImage', 0n],
+    ['an absurd size', 'SizeOfImage', 0xffff_ffffn],
+    ['an end behind the last address', 'DllBase', 0xffff_ffff_ffff_f000n],
+  ] as const)('leaves out a module with %s', (_, field, value) => {
+    const { guest, driver, list } = guestWithModules();
+    guest.write64(entryField(guest, driver, field), value);
+    expect(list().map(({ name }) => name)).toEqual(['ntoskrnl.exe', 'last.sys']);
+  });
+
+  it.each([
+    ['is not in memory', 0xffff_ae77_0000_0000n, 8n],
+    ['lies in user space', 0x40_0000n, 8n],
+    ['is absurdly long', undefined, 0xfffen],
+  ])('gives a module no name when that %s', (_, buffer, length) => {
+    const { guest, driver, list } = guestWithModules();
+    const name = entryField(guest, driver, 'BaseDllName');
+    guest.write64(name, length);
+    if (buffer !== undefined) guest.write64(name + 8n, buffer);
+    expect(list()[1]).toEqual({ name: '', base: DRIVER, size: 0x5000 });
+  });
+
+  it('shows no control characters of a name', () => {
+    const { guest, driver, list } = guestWithModules();
+    guest.write(driver + 0x800n, Buffer.from('\u001b[2J', 'utf16le'));
+    expect(list()[1]!.name).toBe('?[2Jver.sys');
+  });
+
+  it('is refused when a loop misses the head', () => {
+    const { guest, driver, last, list } = guestWithModules();
+    guest.write64(last, driver);
+    expect(list).toThrow(broken);
+  });
+
+  it('is refused when an entry leads out of kernel space, or to memory that is not there', () => {
+    const { guest, driver, list } = guestWithModules();
+    guest.write64(driver, 0x41414141n);
+    expect(list).toThrow(broken);
+    guest.write64(driver, 0xffff_ae77_0000_0000n);
+    expect(list).toThrow(unmapped);
   });
 });
 
