@@ -1,6 +1,5 @@
 import { MemtablesError } from '../errors.js';
 import { type Gva, hex, PAGE_SIZE } from '../vmi/address.js';
-import type { GuestMemory } from '../vmi/guest-memory.js';
 import { ExportTable } from './exports.js';
 import { FunctionTable } from './pdata.js';
 import { PeImage } from './pe.js';
@@ -57,10 +56,15 @@ export class KernelImage {
   }
 }
 
+/** Reads guest memory; `undefined` where a part is not mapped. */
+export type MappedReader = (gva: Gva, length: number) => Uint8Array | undefined;
+
 /** The size in bytes of the PE64 image at `base`, 0 if there is none: data may well look like an MZ header. */
-export function imageSize(memory: GuestMemory, base: Gva): number {
+export function imageSize(read: MappedReader, base: Gva): number {
   try {
-    const { sizeOfImage } = PeImage.fromMemory((rva, length) => memory.read(base + BigInt(rva), length));
+    const { sizeOfImage } = PeImage.fromMemory(
+      (rva, length) => read(base + BigInt(rva), length) ?? new Uint8Array(0),
+    );
     return sizeOfImage <= MAX_IMAGE_BYTES ? sizeOfImage : 0;
   } catch (error) {
     if (error instanceof MemtablesError && NOT_AN_IMAGE.has(error.code)) return 0;
@@ -68,11 +72,7 @@ export function imageSize(memory: GuestMemory, base: Gva): number {
   }
 }
 
-const NOT_AN_IMAGE: ReadonlySet<string> = new Set([
-  'IMAGE_INVALID',
-  'GUEST_UNSUPPORTED',
-  'GUEST_MEMORY_UNMAPPED',
-]);
+const NOT_AN_IMAGE: ReadonlySet<string> = new Set(['IMAGE_INVALID', 'GUEST_UNSUPPORTED']);
 
 /**
  * Copies the whole image at `base`, so that everything derived from it fits together.
@@ -80,12 +80,12 @@ const NOT_AN_IMAGE: ReadonlySet<string> = new Set([
  * @throws MemtablesError `IMAGE_INVALID` when it is damaged, or when more is missing than what the kernel itself
  *   discards or pages out; `GUEST_UNSUPPORTED`
  */
-export function readImage(memory: GuestMemory, base: Gva): { image: PeImage; holes: ReadonlySet<number> } {
-  const size = imageSize(memory, base);
+export function readImage(read: MappedReader, base: Gva): { image: PeImage; holes: ReadonlySet<number> } {
+  const size = imageSize(read, base);
   const copy = Buffer.alloc(Math.ceil(size / PAGE_SIZE) * PAGE_SIZE);
   const holes = new Set<number>();
   for (let rva = 0; rva < copy.length; rva += PAGE_SIZE) {
-    const page = memory.readIfMapped(base + BigInt(rva), PAGE_SIZE);
+    const page = read(base + BigInt(rva), PAGE_SIZE);
     if (page !== undefined) copy.set(page, rva);
     else holes.add(rva);
   }

@@ -3,7 +3,7 @@ import { type Gpa, type Gva, PAGE_SIZE, pageBase } from '../vmi/address.js';
 import { GuestMemory } from '../vmi/guest-memory.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
-import { imageSize, KernelImage, MAX_IMAGE_BYTES, readImage } from './kernel-image.js';
+import { imageSize, KernelImage, MAX_IMAGE_BYTES, type MappedReader, readImage } from './kernel-image.js';
 import { pageTableRoot } from './page-table.js';
 import type { PdbReference, PeImage } from './pe.js';
 import type { Profile } from './profile.js';
@@ -68,7 +68,7 @@ export class Kernel extends KernelImage {
  */
 export function discoverKernel(hypervisor: Hypervisor, profile: Profile): Kernel {
   const { base, memory } = locate(hypervisor);
-  const { image, holes } = readImage(memory, base);
+  const { image, holes } = readImage(mappedReader(memory), base);
   checkIdentity(image.pdb(), profile);
   const systemMemory = openSystemMemory(hypervisor, profile, image, base, memory);
   const ssdt = readSsdtRange(systemMemory, profile, image, base);
@@ -110,12 +110,17 @@ function unsupported(reason: string, context: Readonly<Record<string, unknown>>)
 }
 
 function findImageBelow(memory: GuestMemory, lstar: Gva): Gva | undefined {
+  const read = mappedReader(memory);
   const lowest = lstar - BigInt(MAX_IMAGE_BYTES);
   for (let page = pageBase(lstar); page > lowest && isKernelAddress(page); page -= BigInt(PAGE_SIZE)) {
     if (!memory.isMapped(page) || memory.readU16(page) !== DOS_MAGIC) continue;
-    if (lstar < page + BigInt(imageSize(memory, page))) return page;
+    if (lstar < page + BigInt(imageSize(read, page))) return page;
   }
   return undefined;
+}
+
+function mappedReader(memory: GuestMemory): MappedReader {
+  return (gva, length) => memory.readIfMapped(gva, length);
 }
 
 function checkIdentity(found: PdbReference | undefined, profile: Profile): void {

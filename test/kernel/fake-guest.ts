@@ -292,6 +292,13 @@ export class FakeGuest implements Hypervisor {
     return entry;
   }
 
+  /** Maps an image as the loader does, and puts it into the list of loaded modules; returns its entry. */
+  loadModule(name: string, base: Gva, image: Uint8Array): Gva {
+    for (let rva = 0; rva < image.length; rva += PAGE_SIZE) this.mapFresh(base + BigInt(rva));
+    this.write(base, image);
+    return this.addModule(name, base, image.length);
+  }
+
   /** Takes a module out of the list again. */
   removeModule(entry: Gva): void {
     const [next, previous] = [this.read64(entry), this.read64(entry + 8n)];
