@@ -47,7 +47,7 @@ export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout
  * Computes the block's address on the stack, so that no register but dst is changed and none is needed.
  * A REX prefix stands everywhere, even where it says nothing: the size is the same for all registers.
  */
-function encodeHeader(load: TableLoad, handler: Gva): Buffer {
+export function encodeHeader(load: TableLoad, handler: Gva): Buffer {
   const dst = encoding(load.dst);
   const idx = encoding(load.idx);
   const blocks = handler + BigInt(SEED_HEADER_SIZE);

@@ -70,7 +70,10 @@ export const SOME_PAIRS = [
 ] as const;
 
 /** mov dst, dword ptr [base + idx*4 + displacement] */
-function encodeLoad({ dst, idx, base }: Pick<Case, 'dst' | 'idx' | 'base'>, displacement: number): Buffer {
+export function encodeLoad(
+  { dst, idx, base }: Pick<Case, 'dst' | 'idx' | 'base'>,
+  displacement: number,
+): Buffer {
   const [d, x, b] = [dst, idx, base].map((name) => GPR_NAMES.indexOf(name)) as [number, number, number];
   const rex = 0x40 | ((d >> 3) << 2) | ((x >> 3) << 1) | (b >> 3);
   const load = Buffer.from([0x8b, 0x84 | ((d & 7) << 3), 0x80 | ((x & 7) << 3) | (b & 7), 0, 0, 0, 0]);
