@@ -70,7 +70,7 @@ describe('the code', () => {
   const placement = { image: 0x10_0000_0000n, offset: 0x100, handlerOffset: 0x8005 };
 
   test('is the same but for the site: what is compared is the handler', () => {
-    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction(4, name, placement)!);
+    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction('one-level', 4, name, placement)!);
     const [before, after] = [untouched!.pieces[0]!.bytes, seed!.pieces[0]!.bytes];
     const changed = [...before.keys()].filter((at) => before[at] !== after[at]);
     const site = before.indexOf(Buffer.from('8b8c82', 'hex'));
@@ -80,6 +80,6 @@ describe('the code', () => {
   });
 
   test('is none where the handler is refused', () => {
-    expect(switchFunction(64, 'lean-tight', placement)).toBeUndefined();
+    expect(switchFunction('one-level', 64, 'lean-tight', placement)).toBeUndefined();
   });
 });

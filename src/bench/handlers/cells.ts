@@ -2,7 +2,7 @@ import { nextRandom } from '../../random.js';
 import type { Gva } from '../../vmi/address.js';
 import { median } from '../median.js';
 import { runCode } from './run-code.js';
-import { type SwitchFunction, switchFunction } from './switch-code.js';
+import { type Form, indicesOf, type SwitchFunction, switchFunction } from './switch-code.js';
 
 export const CASES = [4, 8, 16, 64] as const;
 export const ORDERS = ['same', 'in-turn', 'random'] as const;
@@ -20,7 +20,7 @@ export type MeasuredName = keyof typeof MEASURED;
 const NAMES = Object.keys(MEASURED) as MeasuredName[];
 
 export interface Cell {
-  readonly form: 'one-level';
+  readonly form: Form;
   readonly cases: number;
   readonly order: Order;
   readonly encoder: MeasuredName;
@@ -51,7 +51,12 @@ const PLACEMENTS = [
 const SWITCHES = 65_536;
 
 /** Measures every handler of a switch with so many cases, in each order. @throws MemtablesError of `runCode` */
-export async function measureCells(cases: number, rounds: number, signal: AbortSignal): Promise<Cell[]> {
+export async function measureCells(
+  form: Form,
+  cases: number,
+  rounds: number,
+  signal: AbortSignal,
+): Promise<Cell[]> {
   const variants = [undefined, ...NAMES].map((name) => ({
     name,
     functions: [] as SwitchFunction[],
@@ -62,7 +67,7 @@ export async function measureCells(cases: number, rounds: number, signal: AbortS
   for (const [offset, handlerOffset] of PLACEMENTS) {
     for (const { name, functions } of variants) {
       const start = space++ * FUNCTION_SPACE;
-      const code = switchFunction(cases, name && MEASURED[name], {
+      const code = switchFunction(form, cases, name && MEASURED[name], {
         image: IMAGE,
         offset: start + offset,
         handlerOffset: start + HANDLER_SPACE + handlerOffset,
@@ -72,7 +77,7 @@ export async function measureCells(cases: number, rounds: number, signal: AbortS
       all.push(code);
     }
   }
-  const orders = ORDERS.map((order) => orderOf(order, cases));
+  const orders = ORDERS.map((order) => orderOf(order, form, cases));
   // The first round warms up.
   const [, ...measured] = await runCode(IMAGE, all, orders, rounds + 1, signal);
   const [untouched, seed] = variants;
@@ -90,7 +95,7 @@ export async function measureCells(cases: number, rounds: number, signal: AbortS
       if (code === undefined) return [];
       return [
         {
-          form: 'one-level',
+          form,
           cases,
           order,
           encoder: variant.name!,
@@ -116,12 +121,13 @@ export function geomeans(cells: readonly Cell[]): Partial<Record<MeasuredName, n
   );
 }
 
-function orderOf(order: Order, cases: number): Uint32Array {
+function orderOf(order: Order, form: Form, cases: number): Uint32Array {
+  const indices = indicesOf(form, cases);
   let state = 1;
   return Uint32Array.from({ length: SWITCHES }, (_, index) => {
     state = nextRandom(state);
-    if (order === 'same') return cases >> 1;
+    if (order === 'same') return indices >> 1;
     // The high bits are the random ones.
-    return order === 'in-turn' ? index % cases : Math.floor((state / 2 ** 32) * cases);
+    return order === 'in-turn' ? index % indices : Math.floor((state / 2 ** 32) * indices);
   });
 }

@@ -4,6 +4,7 @@ import { stopRequest } from '../../cli/stop.js';
 import { stopped } from '../benchmark.js';
 import { stayOnOneProcessor } from '../one-processor.js';
 import { CASES, type Cell, geomeans, measureCells } from './cells.js';
+import { FORMS } from './switch-code.js';
 
 export interface HandlersCommandOptions {
   readonly rounds: number;
@@ -14,9 +15,10 @@ export async function handlersCommand({ rounds }: HandlersCommandOptions, output
   const stop = stopRequest({ code: EXIT.internal, message: 'ended at once' });
   stayOnOneProcessor();
   const all: Cell[] = [];
-  for (const cases of CASES) {
-    log.info(`measuring a switch with ${cases} cases`);
-    const cells = await measureCells(cases, rounds, stop).catch((error: unknown) => {
+  const switches = FORMS.flatMap((form) => CASES.map((cases) => ({ form, cases })));
+  for (const { form, cases } of switches) {
+    log.info(`measuring a ${form} switch with ${cases} cases`);
+    const cells = await measureCells(form, cases, rounds, stop).catch((error: unknown) => {
       throw stop.aborted ? stopped('--rounds makes', stop.reason) : error;
     });
     for (const cell of cells) output.result({ type: 'cell', ...cell }, describe(cell, cell === cells[0]));
@@ -30,12 +32,15 @@ export async function handlersCommand({ rounds }: HandlersCommandOptions, output
   );
 }
 
-const HEADER = ['', 'cases  order    handler     bytes  untouched cycles  to untouched  to seed', ''].join(
-  '\n',
-);
+const HEADER = [
+  '',
+  'form       cases  order    handler     bytes  untouched cycles  to untouched  to seed',
+  '',
+].join('\n');
 
 function describe(cell: Cell, isFirst: boolean): string {
   const row = [
+    cell.form,
     String(cell.cases).padStart(5),
     cell.order.padEnd(7),
     cell.encoder.padEnd(10),
