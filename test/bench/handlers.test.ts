@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { type Cell, geomeans } from '../../src/bench/handlers/cells.js';
-import { switchFunction } from '../../src/bench/handlers/switch-code.js';
+import { FORMS, switchFunction } from '../../src/bench/handlers/switch-code.js';
 import { Command } from '../cli/command.js';
 
 const BENCH = fileURLToPath(new URL('../../dist/bench/handlers/main.js', import.meta.url));
@@ -27,15 +27,16 @@ describe('bench:handlers', () => {
     const cells = command.records.slice(0, -1);
     for (const cell of cells) {
       expect(cell).toEqual({
-        ...{ type: 'cell', form: 'one-level', cases: number, encoder: expect.any(String) },
+        ...{ type: 'cell', cases: number, encoder: expect.any(String) },
+        form: expect.stringMatching(/^(one|two)-level$/),
         order: expect.stringMatching(/^(same|in-turn|random)$/),
         ...{ cyclesUntouched: number, ratioToUntouched: number, ratioToSeed: number, bytes: number },
       });
     }
-    const kinds = cells.map(({ cases, order, encoder }) => `${cases} ${order} ${encoder}`);
+    const kinds = cells.map(({ form, cases, order, encoder }) => `${form} ${cases} ${order} ${encoder}`);
     expect(new Set(kinds).size).toBe(kinds.length);
     // `lean-tight` has at most 31 entries.
-    expect(kinds.length).toBe(4 * 3 * 5 - 3);
+    expect(kinds.length).toBe(2 * (4 * 3 * 5 - 3));
     expect(command.records.at(-1)).toEqual({
       type: 'summary',
       geomeanToUntouched: {
@@ -47,7 +48,7 @@ describe('bench:handlers', () => {
 
   test('stopped, it leaves no process and says so', async () => {
     const command = bench('--rounds', '1000');
-    await command.prints('measuring a switch', 'stderr');
+    await command.prints('measuring a one-level switch', 'stderr');
     command.kill('SIGTERM');
     expect(await command.ended).toBe(1);
     expect(command.stderr).toContain('the benchmark was stopped before it was through [BENCH_FAILED]');
@@ -69,8 +70,8 @@ describe('the figures', () => {
 describe('the code', () => {
   const placement = { image: 0x10_0000_0000n, offset: 0x100, handlerOffset: 0x8005 };
 
-  test('is the same but for the site: what is compared is the handler', () => {
-    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction('one-level', 4, name, placement)!);
+  test.each(FORMS)('is the same but for the site, %s: what is compared is the handler', (form) => {
+    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction(form, 4, name, placement)!);
     const [before, after] = [untouched!.pieces[0]!.bytes, seed!.pieces[0]!.bytes];
     const changed = [...before.keys()].filter((at) => before[at] !== after[at]);
     const site = before.indexOf(Buffer.from('8b8c82', 'hex'));

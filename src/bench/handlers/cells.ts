@@ -2,7 +2,7 @@ import { nextRandom } from '../../random.js';
 import type { Gva } from '../../vmi/address.js';
 import { median } from '../median.js';
 import { runCode } from './run-code.js';
-import { type Form, indicesOf, type SwitchFunction, switchFunction } from './switch-code.js';
+import { type Form, indexOf, type SwitchFunction, switchFunction } from './switch-code.js';
 
 export const CASES = [4, 8, 16, 64] as const;
 export const ORDERS = ['same', 'in-turn', 'random'] as const;
@@ -121,13 +121,13 @@ export function geomeans(cells: readonly Cell[]): Partial<Record<MeasuredName, n
   );
 }
 
+/** The indices to switch on: of the same sequence of cases in both forms. */
 function orderOf(order: Order, form: Form, cases: number): Uint32Array {
-  const indices = indicesOf(form, cases);
   let state = 1;
-  return Uint32Array.from({ length: SWITCHES }, (_, index) => {
+  return Uint32Array.from({ length: SWITCHES }, (_, at) => {
     state = nextRandom(state);
-    if (order === 'same') return indices >> 1;
+    if (order === 'same') return indexOf(form, cases, cases >> 1);
     // The high bits are the random ones.
-    return order === 'in-turn' ? index % indices : Math.floor((state / 2 ** 32) * indices);
+    return indexOf(form, cases, order === 'in-turn' ? at % cases : Math.floor((state / 2 ** 32) * cases));
   });
 }

@@ -44,9 +44,9 @@ const RET = hex('c3');
 /** Each case overwrites these, and the flags, before it reads them. */
 const DEAD_AT_CASES = ['rax', 'rcx'];
 
-/** How many indices a switch of so many cases has. */
-export function indicesOf(form: Form, cases: number): number {
-  return form === 'one-level' ? cases : cases * BYTES_PER_CASE;
+/** The index that leads to a case; in a byte table one of several, anywhere in it. */
+export function indexOf(form: Form, cases: number, number: number): number {
+  return form === 'one-level' ? number : number + (number % BYTES_PER_CASE) * cases;
 }
 
 /**
@@ -91,7 +91,7 @@ function untouchedSwitch(form: Form, cases: number, offset: number): { code: Buf
   const table = firstCase + cases * CASE_STRIDE;
   const byteTable = table + cases * DWORD;
   const bytes = Array.from(
-    { length: form === 'two-level' ? indicesOf(form, cases) : 0 },
+    { length: form === 'two-level' ? cases * BYTES_PER_CASE : 0 },
     (_, k) => k % cases,
   );
 
