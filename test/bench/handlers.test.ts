@@ -1,9 +1,10 @@
 import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
-import { type Cell, geomeans } from '../../src/bench/handlers/cells.js';
-import { FORMS, switchFunction } from '../../src/bench/handlers/switch-code.js';
+import { type Cell, geomeans, MEASURED } from '../../src/bench/handlers/cells.js';
+import { FORMS, indexOf, switchFunction } from '../../src/bench/handlers/switch-code.js';
 import { Command } from '../cli/command.js';
+import { createFlatMachine, hexBytes } from '../machine/support.js';
 
 const BENCH = fileURLToPath(new URL('../../dist/bench/handlers/main.js', import.meta.url));
 
@@ -78,6 +79,33 @@ describe('the code', () => {
     expect(changed.every((at) => at >= site && at < site + 7)).toBe(true);
     expect(untouched!.handlerBytes).toBe(0);
     expect(seed!.handlerBytes).toBe(47 + 4 * 11);
+  });
+
+  test.each(
+    FORMS.flatMap((form) => [undefined, ...Object.values(MEASURED)].map((handler) => ({ form, handler }))),
+  )('goes from case to case as it is told: $form, $handler', ({ form, handler }) => {
+    const machine = createFlatMachine();
+    onTestFinished(() => machine.close());
+    const [image, indices, stack, end] = [0x10_0000n, 0x20_0000n, 0x30_0000n, 0x31_0000n];
+    const cases = 4;
+    const code = switchFunction(form, cases, handler, { ...placement, image })!;
+    for (const { offset, bytes } of code.pieces) machine.writePhysical(image + BigInt(offset), bytes);
+    const order = [3, 0, 2, 1, 1];
+    const told = Uint32Array.from(order, (number) => indexOf(form, cases, number));
+    machine.writePhysical(indices, new Uint8Array(told.buffer));
+    const returnTo = Buffer.alloc(8);
+    returnTo.writeBigUInt64LE(end);
+    machine.writePhysical(stack, returnTo);
+    const start = { rip: image + BigInt(code.offset), rsp: stack, rdx: image, rsi: indices };
+    machine.setRegisters(0, { ...start, rdi: BigInt(order.length) });
+    const firstCase = code.pieces[0]!.bytes.indexOf(hexBytes('48ffcf 0f85'));
+    const visited: number[] = [];
+    for (let rip = start.rip; rip !== end; rip = machine.registers(0).rip) {
+      const offset = Number(rip - start.rip) - firstCase;
+      if (offset >= 0 && offset % 16 === 0 && offset < cases * 16) visited.push(offset / 16);
+      expect(machine.step(0, 1).retired).toBe(1);
+    }
+    expect(visited).toEqual(order);
   });
 
   test('is none where the handler is refused', () => {
