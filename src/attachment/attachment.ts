@@ -209,7 +209,7 @@ export class Attachment extends EventEmitter<Events> {
   }
 
   /**
-   * Places a transparent detour on `nt!Name`.
+   * Places a transparent detour on `nt!Name`, `module!Name` or `module+0xRVA`.
    *
    * @throws MemtablesError `INVALID_ARGUMENT`, `HOOK_REFUSED`, `SYMBOL_NOT_FOUND`, `SLACK_EXHAUSTED`: the guest is
    *   as before then, and the attachment goes on

@@ -1,12 +1,15 @@
-import { symbolOfHook } from '../memtables/hook-name.js';
+import { parseHookName } from '../memtables/hook-name.js';
+import { NT } from '../nt/kernel-image.js';
 import type { Profile } from '../nt/profile.js';
 
 /**
- * Checks, before anything is attached, that the profile knows the functions to hook.
+ * Checks, before anything is attached, what can be told then: that the names of functions to hook are names, and that
+ * the profile knows those of NT.
  *
- * @param names as `nt!Name`
  * @throws MemtablesError `INVALID_ARGUMENT`, `SYMBOL_NOT_FOUND`
  */
 export function assertFunctionsKnown(names: readonly string[], profile: Profile): void {
-  for (const name of names) profile.symbol(symbolOfHook(name));
+  for (const target of names.map(parseHookName)) {
+    if (target.module.toLowerCase() === NT && 'symbol' in target) profile.symbol(target.symbol);
+  }
 }

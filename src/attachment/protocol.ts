@@ -23,6 +23,8 @@ export interface AttachedKernel {
   readonly size: number;
   readonly pdb: string;
   readonly vcpus: number;
+  /** Loaded kernel modules besides NT. */
+  readonly modules: number;
   /** The path of the library that it is attached through. */
   readonly library: string;
 }

@@ -65,6 +65,7 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
           size: kernel.image.sizeOfImage,
           pdb: profile.pdb.name,
           vcpus: session.vcpuCount,
+          modules: engine.moduleCount,
           library: library.path,
         },
       });
@@ -167,7 +168,9 @@ function perform(session: Hypervisor, engine: Engine, command: Command): Answers
 function isRefusal(error: unknown): boolean {
   return (
     error instanceof MemtablesError &&
-    ['INVALID_ARGUMENT', 'HOOK_REFUSED', 'SYMBOL_NOT_FOUND', 'SLACK_EXHAUSTED'].includes(error.code)
+    ['INVALID_ARGUMENT', 'HOOK_REFUSED', 'SYMBOL_NOT_FOUND', 'SLACK_EXHAUSTED', 'IMAGE_INVALID'].includes(
+      error.code,
+    )
   );
 }
 

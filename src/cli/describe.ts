@@ -15,9 +15,11 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       case 'relocated':
         return describeRelocation(event);
       case 'refused':
-        return `left the load at ${hex(event.site)} alone: ${inWords(event.reason)}`;
+        return `left the load at ${hex(event.site)}${inModule(event)} alone: ${inWords(event.reason)}`;
       case 'taken-back':
         return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
+      case 'module-unloaded':
+        return `the guest unloaded the module with ${event.owner} at ${hex(event.at)}: forgotten`;
       case 'unload-blocked': {
         const told = waiting;
         waiting = true;
@@ -27,10 +29,15 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
   };
 }
 
-function describeRelocation({ form, site, entries, encoder, handlers, hits }: Relocated): string {
-  const what = `${form} switch at ${hex(site)} (${plural(entries, 'entry', 'entries')})`;
+function describeRelocation(event: Relocated): string {
+  const { form, site, entries, encoder, handlers, hits } = event;
+  const what = `${form} switch at ${hex(site)}${inModule(event)} (${plural(entries, 'entry', 'entries')})`;
   const places = handlers.map(({ gva }) => hex(gva)).join(' and ');
   return `relocated ${what} to ${encoder} code at ${places} after ${plural(hits, 'hit')}`;
+}
+
+function inModule({ module }: { readonly module?: string }): string {
+  return module === undefined ? '' : ` in ${module}`;
 }
 
 function inWords(reason: string): string {

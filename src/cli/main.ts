@@ -6,14 +6,14 @@ import {
   DEFAULT_THRESHOLD,
   DEFAULT_UNLOAD_SECONDS,
 } from '../attachment/attachment.js';
+import { HOOK_NAME, HOOK_NAME_FORMS } from '../memtables/hook-name.js';
 import { EXIT_CODE_HELP } from './exit-codes.js';
 import { handler, integer, json, library, seconds, seed } from './options.js';
 import { Output } from './output.js';
 import { exitAsDocumented, run } from './run.js';
 
 function hooks(name: string, previous: readonly string[] = []): string[] {
-  if (!/^nt!./.test(name))
-    throw new InvalidArgumentError('Write nt!Name, with the name as the profile has it.');
+  if (!HOOK_NAME.test(name)) throw new InvalidArgumentError(HOOK_NAME_FORMS);
   if (previous.includes(name)) throw new InvalidArgumentError('Name each function once.');
   return [...previous, name];
 }
@@ -25,9 +25,10 @@ function version(): string {
 const vcpus = () =>
   new Option('--vcpus <n>', 'virtual CPUs of the embedded guest').argParser(integer(1, 8)).default(2);
 const hook = (note: string) =>
-  new Option('--hook <nt!Name>', `kernel function to hook; may be given several times (${note})`).argParser(
-    hooks,
-  );
+  new Option(
+    '--hook <nt!Name>',
+    `kernel function to hook, also module!Name or module+0xRVA; may be given several times (${note})`,
+  ).argParser(hooks);
 
 const program = new Command('memtables')
   .description(

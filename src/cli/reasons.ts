@@ -53,8 +53,9 @@ const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
 export const RELOCATION_REFUSALS: Readonly<Record<string, string>> = {
   ...INSTABILITIES,
   ...HANDLER_REFUSALS,
-  'outside-sections': 'it lies in no section of the kernel image',
-  'load-outside-kernel': 'the load is not in the kernel image',
+  'outside-sections': 'it lies in no section of its image',
+  'load-outside-kernel': 'the load is in no image of the kernel',
+  'image-unreadable': 'the image of its module is damaged, or not in memory',
   'another-table-was-read': 'the load read another table than its code says',
   'code-has-changed': 'code or table are not what they were when the tool attached',
   'overlaps-hook': 'a hook has replaced the load',
@@ -83,6 +84,8 @@ export const HOOK_REFUSALS: Readonly<Record<HookRefusal, string>> = {
   'not-a-function-start': 'it lies inside a function',
   'too-large': 'it is larger than any function is expected to be',
   'not-in-memory': 'a part of it is not in memory',
+  'image-unreadable': 'the image of its module is damaged, or not in memory',
+  'image-has-changed': 'its module has been unloaded since, or loaded anew',
 };
 
 const TABLE_PREFIX = 'table-';

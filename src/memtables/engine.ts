@@ -2,9 +2,8 @@ import { CloakMap } from '../cloak/cloak-map.js';
 import type { HandlerChoice } from '../handlers/planner.js';
 import type { Journal } from '../journal/journal.js';
 import type { Kernel } from '../nt/kernel.js';
-import { FunctionTable } from '../nt/pdata.js';
-import { SlackAllocator } from '../slack/allocator.js';
-import { findSlack } from '../slack/regions.js';
+import { KernelImages } from '../nt/kernel-images.js';
+import { SlackOfImages } from '../slack/slack-of-images.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
@@ -12,11 +11,11 @@ import { InstructionCache } from '../x86/instruction-cache.js';
 import { Hooks } from './hooks.js';
 import { Monitor } from './monitor.js';
 import { type CodeChange, Patcher } from './patcher.js';
-import { Placer } from './placer.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
 import { ignore, SiteTable } from './sites.js';
+import { UnloadedModules } from './unloaded-modules.js';
 import { Unloader } from './unloader.js';
 
 export interface EngineOptions {
@@ -40,46 +39,49 @@ export class Engine {
   readonly #options: EngineOptions;
   readonly #cloaks = new CloakMap<CodeChange>();
   readonly #sites = new SiteTable();
-  readonly #slack: SlackAllocator;
+  readonly #images: KernelImages;
+  readonly #slack: SlackOfImages;
   readonly #patcher: Patcher;
   readonly #redirections: Redirections;
   readonly #monitor: Monitor;
   readonly #hooks: Hooks;
   readonly #relocator: Relocator;
+  readonly #unloadedModules: UnloadedModules;
   readonly #unloader: Unloader;
   #loaded = true;
 
-  /** Begins to answer violations; changes nothing in the guest. */
+  /**
+   * Begins to answer violations; changes nothing in the guest.
+   *
+   * @throws MemtablesError `IMAGE_INVALID`, `SYMBOL_NOT_FOUND`, `PROFILE_INVALID`, or of the hypervisor
+   */
   constructor(hypervisor: Hypervisor, kernel: Kernel, journal: Journal, options: EngineOptions) {
     this.#hypervisor = hypervisor;
     this.#options = options;
-    const read = (gva: Gva, length: number) => kernel.memory.read(gva, length);
-    const functions = FunctionTable.read(kernel.image);
-    this.#slack = new SlackAllocator(findSlack(kernel.base, kernel.image.sections, read), (gva, length) =>
-      kernel.memory.readIfMapped(gva, length),
-    );
     const instructions = new InstructionCache();
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
+    const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
+    this.#images = new KernelImages(kernel, readOriginal);
+    this.#slack = new SlackOfImages(kernel, kernel.memory);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
     this.#monitor = new Monitor(
       hypervisor,
-      kernel,
+      this.#images,
       this.#cloaks,
       instructions,
       this.#sites,
       options.threshold,
     );
-    const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
-    this.#hooks = new Hooks(hypervisor, kernel, functions, this.#slack, this.#redirections, readOriginal);
+    this.#hooks = new Hooks(hypervisor, this.#images, this.#slack, this.#redirections, readOriginal);
     this.#relocator = new Relocator(
-      kernel,
-      functions,
+      this.#images,
       this.#sites,
-      new Placer(this.#slack),
+      this.#slack,
       this.#redirections,
       readOriginal,
       options.handler,
     );
+    this.#unloadedModules = new UnloadedModules(hypervisor, kernel, this.#patcher, this.#redirections);
     this.#unloader = new Unloader(hypervisor, kernel, this.#redirections);
     hypervisor.onViolation((violation) => this.#monitor.handle(violation), this.#monitor);
   }
@@ -91,7 +93,12 @@ export class Engine {
 
   /** True when `work` has something to do. */
   get hasWork(): boolean {
-    return this.#monitor.hasWork;
+    return this.#monitor.hasWork || this.#images.isRefreshDue || this.#unloadedModules.isCheckDue;
+  }
+
+  /** How many kernel modules were loaded besides NT when it was last looked. */
+  get moduleCount(): number {
+    return this.#images.moduleCount;
   }
 
   /** Whether hot table loads are relocated; they are counted in any case. */
@@ -100,7 +107,7 @@ export class Engine {
   }
 
   /**
-   * Places a transparent detour on `nt!Name`.
+   * Places a transparent detour on `nt!Name`, `module!Name` or `module+0xRVA`.
    *
    * @throws MemtablesError see `Hooks.place`
    */
@@ -116,25 +123,25 @@ export class Engine {
   }
 
   /**
-   * The work step: deals with the guest's writes to hidden bytes, and relocates the next hot load. To be called
-   * between two listens, for as long as there is work.
+   * The work step: deals with the guest's writes to hidden bytes and with modules that it has unloaded, and relocates
+   * the next hot load. To be called between two listens, for as long as there is work.
    *
    * @throws MemtablesError of the hypervisor; the change under way has been taken back then
    */
   work(): void {
-    if (!this.#monitor.hasWork) return;
+    if (!this.hasWork) return;
+    if (this.#images.isRefreshDue) this.#images.refresh();
+    const hasLost = this.#unloadedModules.isCheckDue && this.#unloadedModules.hasLost();
     const site = this.#monitor.takeSite();
     const prepared = site && this.#relocator.prepare(site);
-    if (prepared !== undefined && 'type' in prepared) {
-      this.#options.report(prepared);
-      // The guest need not be paused for it; what else there is to do the next step does.
-      return;
-    }
-    if (prepared === undefined && !this.#monitor.hasWrites) return;
+    const isReady = prepared !== undefined && !('type' in prepared);
+    // The guest need not be paused for it.
+    if (prepared !== undefined && !isReady) this.#options.report(prepared);
+    if (!isReady && !hasLost && !this.#monitor.hasWrites) return;
     whileQuiescent(this.#hypervisor, () => {
-      this.#takeBackOverwritten();
+      this.#yieldToGuest();
       this.#unloader.removeDisabled();
-      if (prepared !== undefined) this.#options.report(this.#relocator.relocate(prepared));
+      if (isReady) this.#options.report(this.#relocator.relocate(prepared));
     });
   }
 
@@ -147,7 +154,7 @@ export class Engine {
   disable(): void {
     this.#monitor.relocating = false;
     whileQuiescent(this.#hypervisor, () => {
-      this.#takeBackOverwritten();
+      this.#yieldToGuest();
       this.#unloader.disable();
     });
   }
@@ -161,7 +168,7 @@ export class Engine {
     this.#monitor.relocating = false;
     const report = this.#unloader.unload(
       this.#options.unloadSeconds,
-      () => this.#takeBackOverwritten(),
+      () => this.#yieldToGuest(),
       (where) => this.#options.report({ type: 'unload-blocked', where }),
     );
     this.#loaded = false;
@@ -185,12 +192,12 @@ export class Engine {
       otherReads: { reads: monitor.otherReads, readers: monitor.readers.size },
       hooks: this.#redirections.ofKind('hook').length,
       trappedFrames: this.#cloaks.frames().length,
-      slack: { bytes: this.#slack.bytes, free: this.#slack.freeBytes },
+      slack: this.#slack.usage(this.#images.inUse()),
     };
   }
 
-  /** What the guest has written over is the guest's: the redirection it belonged to is taken back. */
-  #takeBackOverwritten(): void {
+  /** What the guest has written over, or unloaded, is the guest's: the redirection it belonged to is taken back. */
+  #yieldToGuest(): void {
     const retired = new Set<Redirection>();
     const { writes } = this.#monitor;
     const overwritten =
@@ -203,6 +210,11 @@ export class Engine {
     }
     // Only now: had something failed, a later unload would look at them again.
     this.#monitor.forgetWrites();
+    for (const redirection of this.#unloadedModules.abandon()) {
+      retired.delete(redirection);
+      this.#sites.forget(redirection);
+      this.#options.report({ type: 'module-unloaded', owner: redirection.label, at: redirection.at });
+    }
     for (const redirection of retired) {
       this.#redirections.disable(redirection);
       // It ends in code that is the guest's no longer.

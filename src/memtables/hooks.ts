@@ -1,17 +1,18 @@
 import { MemtablesError } from '../errors.js';
 import { type DetourPlan, type DetourRefusal, MAX_TRAMPOLINE_SIZE, planDetour } from '../hooks/detour.js';
 import { surveyFunction } from '../hooks/survey.js';
-import type { Kernel } from '../nt/kernel.js';
-import type { FunctionTable } from '../nt/pdata.js';
+import type { KernelImage } from '../nt/kernel-image.js';
+import type { KernelImages } from '../nt/kernel-images.js';
 import type { Section } from '../nt/pe.js';
 import { scanGuest } from '../safety/scan.js';
-import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
+import type { SlackBlock } from '../slack/allocator.js';
 import { type Instability, instabilityOf } from '../slack/regions.js';
+import type { SlackOfImages } from '../slack/slack-of-images.js';
 import type { CodeRange } from '../switches/functions.js';
 import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
-import { symbolOfHook } from './hook-name.js';
+import { parseHookName } from './hook-name.js';
 import { describeObstacles } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import { interiorOf, type Redirection, type Redirections } from './redirections.js';
@@ -30,6 +31,8 @@ export type HookRefusal =
   | 'not-a-function-start'
   | 'too-large'
   | 'not-in-memory'
+  | 'image-unreadable'
+  | 'image-has-changed'
   | 'hooked-already'
   | 'overlaps-relocation'
   | 'in-use';
@@ -41,6 +44,7 @@ interface CodePart {
 
 /** The part of a function that holds its entry, and what the compiler has moved elsewhere. */
 interface HookedFunction extends CodePart {
+  readonly image: KernelImage;
   readonly others: readonly CodePart[];
 }
 
@@ -48,18 +52,18 @@ interface HookedFunction extends CodePart {
 export class Hooks {
   constructor(
     private readonly hypervisor: Hypervisor,
-    private readonly kernel: Kernel,
-    private readonly functions: FunctionTable,
-    private readonly slack: SlackAllocator,
+    private readonly images: KernelImages,
+    private readonly slack: SlackOfImages,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
   ) {}
 
   /**
-   * Hooks `nt!Name`.
+   * Hooks `nt!Name`, `module!Name` of what a module exports, or `module+0xRVA`.
    *
-   * @throws MemtablesError `SYMBOL_NOT_FOUND`; `HOOK_REFUSED` with the reason in its context when the function
-   *   cannot be hooked; `SLACK_EXHAUSTED`. The guest is as before then.
+   * @throws MemtablesError `INVALID_ARGUMENT`; `SYMBOL_NOT_FOUND`, also for a module that is not loaded; `IMAGE_INVALID`
+   *   when the module's exports are damaged; `HOOK_REFUSED` with the reason in its context when the function cannot be
+   *   hooked; `SLACK_EXHAUSTED`. The guest is as before then.
    */
   place(name: string): Redirection {
     const target = this.#locate(name);
@@ -75,7 +79,7 @@ export class Hooks {
 
   /** The hook, or what stands in the way now. */
   #attempt(name: string, target: HookedFunction): Redirection | readonly string[] {
-    const slack = this.slack.allocate(MAX_TRAMPOLINE_SIZE);
+    const slack = this.slack.for(target.image).allocate(MAX_TRAMPOLINE_SIZE);
     let plan: DetourPlan | readonly string[] = [];
     try {
       plan = this.#plan(name, target, slack);
@@ -89,11 +93,12 @@ export class Hooks {
 
   #plan(
     name: string,
-    { gva, length, others }: HookedFunction,
+    { image, gva, length, others }: HookedFunction,
     slack: SlackBlock,
   ): DetourPlan | readonly string[] {
-    const code = { gva, bytes: this.#read(name, gva, length), imageBase: this.kernel.base };
-    const branchTargets = others.flatMap((part) => this.#targetsOf(name, part));
+    if (!this.images.isCurrent(image)) throw refused(name, 'image-has-changed', 'Try again.');
+    const code = { gva, bytes: this.#read(name, gva, length), imageBase: image.base };
+    const branchTargets = others.flatMap((part) => this.#targetsOf(name, part, image));
     const plan = planDetour({ ...code, branchTargets }, slack.gva);
     if (plan.refused !== undefined) throw refused(name, plan.refused, 'Hook another function.');
     const replaced = plan.entry.bytes.length;
@@ -101,7 +106,7 @@ export class Hooks {
       throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
     }
     const interior = interiorOf(gva, replaced, name);
-    const { findings, unsettled } = scanGuest(this.hypervisor, this.kernel, [interior]);
+    const { findings, unsettled } = scanGuest(this.hypervisor, this.images.nt, [interior]);
     // The replaced bytes hold no call, so that nothing but a RIP leads into them.
     const obstacles = { findings: findings.filter(({ isRip }) => isRip), unsettled };
     const inTheWay = describeObstacles(obstacles);
@@ -109,9 +114,9 @@ export class Hooks {
   }
 
   /** Where a part of the function that was moved away jumps to. */
-  #targetsOf(name: string, { gva, length }: CodePart): readonly Gva[] {
+  #targetsOf(name: string, { gva, length }: CodePart, { base: imageBase }: KernelImage): readonly Gva[] {
     const bytes = this.#read(name, gva, length);
-    const survey = surveyFunction({ gva, bytes, imageBase: this.kernel.base }, 0);
+    const survey = surveyFunction({ gva, bytes, imageBase }, 0);
     if (survey === undefined) throw refused(name, 'undecodable', 'Hook another function.');
     return survey.targets;
   }
@@ -123,13 +128,13 @@ export class Hooks {
   }
 
   #locate(name: string): HookedFunction {
-    const symbol = symbolOfHook(name);
-    if (this.redirections.ofKind('hook').some((hook) => hook.label === name)) {
+    const target = parseHookName(name);
+    const image = this.#imageOf(name, target.module);
+    const rva = 'rva' in target ? target.rva : image.symbolRva(target.symbol);
+    if (this.redirections.ofKind('hook').some((hook) => hook.at === image.gva(rva))) {
       throw refused(name, 'hooked-already', 'Hook each function once.');
     }
-    const rva = this.kernel.symbolRva(symbol);
-    const { image } = this.kernel;
-    const section = image.sectionAt(rva);
+    const section = image.image.sectionAt(rva);
     if (section === undefined || !section.executable) throw refused(name, 'not-code', 'Name a function.');
     const instability = instabilityOf(section);
     if (instability !== undefined) {
@@ -139,27 +144,45 @@ export class Hooks {
         `Hook a function outside ${section.name}, whose code may not be changed.`,
       );
     }
-    const [own, ...others] = this.#partsOf(name, rva, section).map(({ begin, end }) => ({
-      gva: this.kernel.base + BigInt(begin),
+    const [own, ...others] = partsOf(name, rva, section, image).map(({ begin, end }) => ({
+      gva: image.gva(begin),
       length: end - begin,
     }));
     if (own!.length > MOST_FUNCTION_BYTES) throw refused(name, 'too-large', 'Hook another function.');
-    return { ...own!, others };
+    return { ...own!, image, others };
   }
 
-  /**
-   * Where the function's code is, the part with its entry first. A leaf function, which has no unwind data, ends at the
-   * next symbol.
-   */
-  #partsOf(name: string, rva: number, section: Section): readonly CodeRange[] {
-    const entry = this.functions.entryAt(rva);
-    if (entry !== undefined) {
-      if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
-      return [entry, ...this.functions.fragmentsOf(entry).filter((fragment) => fragment !== entry)];
+  /** The list of modules is read again for one that may have been loaded since. */
+  #imageOf(name: string, module: string): KernelImage {
+    let image = this.images.named(module);
+    if (image === undefined) {
+      this.images.refresh();
+      image = this.images.named(module);
     }
-    const gap = this.functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
-    return [{ begin: rva, end: Math.min(gap.end, this.kernel.profile.symbolAfter(rva) ?? gap.end) }];
+    if (image === 'unreadable') {
+      throw refused(name, 'image-unreadable', 'Hook a function of another module.');
+    }
+    if (image !== undefined) return image;
+    throw new MemtablesError('SYMBOL_NOT_FOUND', `no kernel module ${module} is loaded`, {
+      remedy: 'Check the spelling; a module is named by its file name, NT itself is nt.',
+      context: { function: name, module },
+    });
   }
+}
+
+/**
+ * Where the function's code is, the part with its entry first. A leaf function, which has no unwind data, ends at the
+ * next symbol.
+ */
+function partsOf(name: string, rva: number, section: Section, image: KernelImage): readonly CodeRange[] {
+  const { functions } = image;
+  const entry = functions.entryAt(rva);
+  if (entry !== undefined) {
+    if (entry.begin !== rva) throw refused(name, 'not-a-function-start', 'Name the function itself.');
+    return [entry, ...functions.fragmentsOf(entry).filter((fragment) => fragment !== entry)];
+  }
+  const gap = functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
+  return [{ begin: rva, end: Math.min(gap.end, image.symbolAfter(rva) ?? gap.end) }];
 }
 
 function refused(

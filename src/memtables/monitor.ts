@@ -1,6 +1,6 @@
 import { type CloakMap, MAX_ANSWER } from '../cloak/cloak-map.js';
 import { type ErrorCode, MemtablesError } from '../errors.js';
-import type { Kernel } from '../nt/kernel.js';
+import type { KernelImages } from '../nt/kernel-images.js';
 import { checkCandidate, isByteCandidate } from '../switches/candidate.js';
 import { type Gfn, type Gpa, type Gva, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { HiddenMemory, HiddenPiece, Hypervisor, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
@@ -16,6 +16,8 @@ const UNREADABLE_CODE: ReadonlySet<ErrorCode> = new Set(['GUEST_STRUCTURE_INVALI
 const MAX_READERS = 65_536;
 /** A guest that keeps writing over hidden bytes must not fill our memory between two work steps. */
 const MAX_PENDING_WRITES = 4096;
+/** What an address that is in no image is in. */
+const NOWHERE = { start: 0n, end: 0n };
 /** libvmi keeps a page for two seconds. */
 const LONGEST_CACHED_MS = 2500;
 
@@ -46,7 +48,7 @@ export class Monitor implements HiddenMemory {
 
   constructor(
     private readonly hypervisor: Hypervisor,
-    private readonly kernel: Kernel,
+    private readonly images: KernelImages,
     private readonly cloaks: CloakMap<CodeChange>,
     private readonly instructions: InstructionCache,
     private readonly sites: SiteTable,
@@ -157,10 +159,10 @@ export class Monitor implements HiddenMemory {
   readonly #codeAt = (rip: Gva): Uint8Array => {
     const onPage = PAGE_SIZE - pageOffset(rip);
     const length =
-      onPage >= MAX_INSTRUCTION_LENGTH || this.kernel.memory.isMapped(rip + BigInt(onPage))
+      onPage >= MAX_INSTRUCTION_LENGTH || this.images.nt.memory.isMapped(rip + BigInt(onPage))
         ? MAX_INSTRUCTION_LENGTH
         : onPage;
-    return this.kernel.memory.read(rip, length);
+    return this.images.nt.memory.read(rip, length);
   };
 
   /** A page that is cached may be older than a write that was an event; the write itself comes after its answer. */
@@ -189,6 +191,7 @@ export class Monitor implements HiddenMemory {
     const table = this.#dwordTable(instruction, violation) ?? this.#byteTable(instruction, violation);
     const site = table === undefined ? undefined : this.sites.find(violation.rip, table);
     if (site === undefined) return false;
+    if (this.images.rangeAt(violation.rip) === undefined) this.images.doubtList();
     this.tableLoads++;
     site.hits++;
     this.#queueIfHot(site);
@@ -197,9 +200,9 @@ export class Monitor implements HiddenMemory {
 
   /** The table whose dword is read, by rules 0 to 9 of HVMI's documentation. */
   #dwordTable(instruction: Instruction, violation: Violation): Gva | undefined {
-    const { base, end, ssdt } = this.kernel;
+    const image = this.images.rangeAt(violation.gva) ?? NOWHERE;
     const source = instruction.operands[1];
-    if (!checkCandidate(instruction, violation.gva, { start: base, end }, ssdt).accepted) return undefined;
+    if (!checkCandidate(instruction, violation.gva, image, this.images.nt.ssdt).accepted) return undefined;
     if (source?.kind !== 'memory') return undefined;
     const value = source.base === Register.None ? 0n : violation.register(gprName(source.base));
     return BigInt.asUintN(64, value + source.displacement);
@@ -210,12 +213,13 @@ export class Monitor implements HiddenMemory {
    * of them has to: there are many other readers of bytes.
    */
   #byteTable(instruction: Instruction, violation: Violation): Gva | undefined {
-    const { base, end, ssdt } = this.kernel;
+    const image = this.images.rangeAt(violation.gva) ?? NOWHERE;
     const source = instruction.operands[1];
-    if (!isByteCandidate(instruction, violation.gva, { start: base, end }, ssdt)) return undefined;
+    if (!isByteCandidate(instruction, violation.gva, image, this.images.nt.ssdt)) return undefined;
     if (source?.kind !== 'memory') return undefined;
-    const holdsBase = [source.base, source.index].some((name) => violation.register(gprName(name)) === base);
-    return holdsBase ? BigInt.asUintN(64, base + source.displacement) : undefined;
+    const { start } = image;
+    const holdsBase = [source.base, source.index].some((name) => violation.register(gprName(name)) === start);
+    return holdsBase ? BigInt.asUintN(64, start + source.displacement) : undefined;
   }
 
   #queueIfHot(site: Site): void {

@@ -1,8 +1,17 @@
-import type { CloakMap } from '../cloak/cloak-map.js';
+import type { Cloak, CloakMap } from '../cloak/cloak-map.js';
 import { cloaksOfChange } from '../cloak/pieces.js';
 import type { Patch } from '../handlers/plan.js';
 import type { Journal } from '../journal/journal.js';
-import { type Gfn, type Gpa, type Gva, gfnOf, gpaOfFrame, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import {
+  type Gfn,
+  type Gpa,
+  type Gva,
+  gfnOf,
+  gpaOfFrame,
+  PAGE_SIZE,
+  pageBase,
+  pageOffset,
+} from '../vmi/address.js';
 import type { GuestMemory } from '../vmi/guest-memory.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import type { InstructionCache } from '../x86/instruction-cache.js';
@@ -23,6 +32,8 @@ export interface CodeChange {
 export class Patcher {
   /** Frames that are trapped, for as long as a cloak lies on them. */
   readonly #trapped = new Set<Gfn>();
+  /** Changes that the guest has written over. */
+  readonly #overwritten = new WeakSet<CodeChange>();
 
   constructor(
     private readonly hypervisor: Hypervisor,
@@ -66,12 +77,39 @@ export class Patcher {
    * @throws MemtablesError of the hypervisor or the journal; call it again then
    */
   revert(change: CodeChange): void {
+    this.#takeBack(change, this.cloaks.cloaksOf(change));
+  }
+
+  /**
+   * As `revert`, after the guest has unloaded what was changed: frames that it has used for something else since stay as
+   * they are. Others may come back into use with what is in them.
+   */
+  revertUntouched(change: CodeChange): void {
+    const isTouched = this.#overwritten.has(change);
+    this.#takeBack(
+      change,
+      isTouched ? [] : this.cloaks.cloaksOf(change).filter((piece) => this.#isThere(piece)),
+    );
+  }
+
+  /** False when the guest no longer has it where it was made: it has unmapped the code, or mapped something else. */
+  isInPlace(change: CodeChange): boolean {
+    const mapped = this.#framesOf(change.patch);
+    const pieces = this.cloaks.cloaksOf(change);
+    return pieces.every((piece) => mapped.has(gfnOf(piece.gpa)) && this.#isThere(piece));
+  }
+
+  #isThere({ gpa, current }: Cloak<CodeChange>): boolean {
+    return Buffer.compare(this.hypervisor.readPhysical(gpa, current.length), current) === 0;
+  }
+
+  #takeBack(change: CodeChange, written: readonly Cloak<CodeChange>[]): void {
     this.instructions.invalidate(change.patch.gva, change.patch.bytes.length);
-    for (const { gpa, original } of this.cloaks.cloaksOf(change)) {
+    for (const { gpa, original } of written) {
       this.hypervisor.writePhysical(gpa, original);
       this.#forget(change, gpa);
     }
-    // A piece that was journalled but never hidden was never written either.
+    // A piece that was journalled but never hidden was never written either; or it is not ours any more.
     for (const gpa of [...change.journalled.keys()]) this.#forget(change, gpa);
     this.cloaks.reveal(change);
     this.#releaseUnneeded();
@@ -114,6 +152,7 @@ export class Patcher {
       length,
     );
     for (const change of overwritten) {
+      this.#overwritten.add(change);
       for (const cloak of this.cloaks.cloaksOf(change)) {
         const renewed = this.journal.record({
           gpa: cloak.gpa,
@@ -126,6 +165,16 @@ export class Patcher {
       }
     }
     return overwritten;
+  }
+
+  /** The frames that are mapped now where a patch belongs. */
+  #framesOf({ gva, bytes }: Patch): ReadonlySet<Gfn> {
+    const frames = new Set<Gfn>();
+    const end = gva + BigInt(bytes.length);
+    for (let page = pageBase(gva); page < end; page += BigInt(PAGE_SIZE)) {
+      if (this.memory.isMapped(page)) frames.add(gfnOf(this.memory.translate(page)));
+    }
+    return frames;
   }
 
   #trap(gfn: Gfn): void {

@@ -1,6 +1,7 @@
 import { MemtablesError } from '../errors.js';
 import type { HandlerLayout, HandlerPlan } from '../handlers/plan.js';
-import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
+import type { SlackBlock } from '../slack/allocator.js';
+import type { Slack } from '../slack/slack-of-images.js';
 
 /** A handler with its place in slack. */
 export interface PlacedHandler {
@@ -12,7 +13,7 @@ export interface PlacedHandler {
 
 /** Finds places in slack for the handlers of a switch. */
 export class Placer {
-  constructor(private readonly slack: SlackAllocator) {}
+  constructor(private readonly slack: Slack) {}
 
   get freeBytes(): number {
     return this.slack.freeBytes;

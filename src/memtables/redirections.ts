@@ -2,7 +2,8 @@ import { MemtablesError } from '../errors.js';
 import type { Evacuation } from '../handlers/evacuation.js';
 import type { Patch } from '../handlers/plan.js';
 import type { LiveRange } from '../safety/ranges.js';
-import type { SlackAllocator, SlackBlock } from '../slack/allocator.js';
+import type { SlackBlock } from '../slack/allocator.js';
+import type { Slack } from '../slack/slack-of-images.js';
 import type { Gva } from '../vmi/address.js';
 import type { CodeChange, Patcher } from './patcher.js';
 
@@ -38,7 +39,7 @@ export class Redirections {
 
   constructor(
     private readonly patcher: Patcher,
-    private readonly slack: SlackAllocator,
+    private readonly slack: Pick<Slack, 'free'>,
   ) {}
 
   all(): Redirection[] {
@@ -114,6 +115,21 @@ export class Redirections {
   remove(redirection: Redirection): void {
     this.disable(redirection);
     this.patcher.revert(redirection.code);
+    this.slack.free(redirection.slack);
+    this.#all.delete(redirection);
+  }
+
+  /**
+   * Gives up a redirection of which the guest has unloaded a part: what it has used for something else stays as it is.
+   *
+   * @param isCodeLost whether our code is gone too; otherwise it stays until it is removed
+   */
+  abandon(redirection: Redirection, isCodeLost: boolean): void {
+    if (redirection.jump !== undefined) this.patcher.revertUntouched(redirection.jump);
+    redirection.jump = undefined;
+    redirection.evacuation = undefined;
+    if (!isCodeLost) return;
+    this.patcher.revertUntouched(redirection.code);
     this.slack.free(redirection.slack);
     this.#all.delete(redirection);
   }

@@ -7,13 +7,14 @@ import {
   passedOver,
   planHandlers,
 } from '../handlers/planner.js';
-import type { Kernel } from '../nt/kernel.js';
-import type { FunctionTable } from '../nt/pdata.js';
+import { type KernelImage, NT } from '../nt/kernel-image.js';
+import type { KernelImages } from '../nt/kernel-images.js';
 import { instabilityOf } from '../slack/regions.js';
+import type { SlackOfImages } from '../slack/slack-of-images.js';
 import { type CodeRange, functionAt } from '../switches/functions.js';
 import { type FoundSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
-import type { PlacedHandler, Placer } from './placer.js';
+import { type PlacedHandler, Placer } from './placer.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
 import { ignore, replace, type Site, type SiteTable } from './sites.js';
@@ -38,6 +39,7 @@ interface Placed {
 /** A hot load, the switch that it belongs to, and what that can be replaced by. */
 export interface Prepared {
   readonly hot: Site;
+  readonly image: KernelImage;
   readonly proof: FoundSwitch;
   /** The switch's loads: first that of a dword, by which it is known. */
   readonly loads: readonly Site[];
@@ -46,29 +48,31 @@ export interface Prepared {
 
 /** Replaces the loads of a switch by jumps to handlers that load immediates. */
 export class Relocator {
-  readonly #recogniser: SwitchRecogniser;
+  readonly #recognisers = new WeakMap<KernelImage, SwitchRecogniser>();
 
   constructor(
-    private readonly kernel: Kernel,
-    private readonly functions: FunctionTable,
+    private readonly images: KernelImages,
     private readonly sites: SiteTable,
-    private readonly placer: Placer,
+    private readonly slack: SlackOfImages,
     private readonly redirections: Redirections,
     private readonly readOriginal: (gva: Gva, length: number) => Uint8Array | undefined,
     private readonly handler: HandlerChoice,
-  ) {
-    this.#recogniser = new SwitchRecogniser(kernel.image, functions, MOST_FUNCTION_BYTES);
-  }
+  ) {}
 
   /**
-   * What is proven about the switch of `hot` from the image as it was at discovery, and what it can be replaced by;
+   * What is proven about the switch of `hot` from its image as it was first read, and what it can be replaced by;
    * otherwise marks the load as ignored and says why. Takes its time and needs no pause.
    */
   prepare(hot: Site): Prepared | Outcome {
-    const proof = this.#proofOf(hot);
-    if (typeof proof === 'string') return refuse([hot], proof);
-    const loads = tablesOf(proof).flatMap(({ load, begin }) => this.#siteOf(load, begin) ?? []);
-    return { hot, proof, loads, plans: planHandlers(proof, this.kernel.base, this.handler) };
+    const image = this.images.at(hot.rip);
+    if (image === undefined) return refuse([hot], 'load-outside-kernel');
+    if (image === 'unreadable') return refuse([hot], 'image-unreadable');
+    const proof = this.#proofOf(hot, image);
+    if (typeof proof === 'string') return refuse([hot], proof, image);
+    const loads = tablesOf(proof).flatMap(
+      ({ load, begin }) => this.sites.find(image.gva(load), image.gva(begin)) ?? [],
+    );
+    return { hot, image, proof, loads, plans: planHandlers(proof, image.base, this.handler) };
   }
 
   /**
@@ -77,77 +81,60 @@ export class Relocator {
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
   relocate(prepared: Prepared): Outcome {
-    const { proof, loads, plans } = prepared;
-    if (!this.#isUnchanged(proof)) return refuse(loads, 'code-has-changed');
-    const placed = this.#place(plans);
-    return typeof placed === 'string' ? refuse(loads, placed) : this.#install(prepared, placed);
+    const { image, proof, loads, plans } = prepared;
+    if (!this.#isUnchanged(image, proof)) return refuse(loads, 'code-has-changed', image);
+    const placed = this.#place(plans, new Placer(this.slack.for(image)));
+    return typeof placed === 'string' ? refuse(loads, placed, image) : this.#install(prepared, placed);
   }
 
-  #proofOf(site: Site): FoundSwitch | string {
-    const { kernel } = this;
-    if (!kernel.contains(site.rip)) return 'load-outside-kernel';
-    const rva = Number(site.rip - kernel.base);
-    const unstable = this.#instabilityAt(rva);
+  #proofOf(site: Site, image: KernelImage): FoundSwitch | string {
+    const rva = Number(site.rip - image.base);
+    const unstable = instabilityAt(image, rva);
     if (unstable !== undefined) return unstable;
-    const proof = this.#recogniser.prove(rva);
+    const proof = this.#recogniserOf(image).prove(rva);
     if (!proof.found) return proof.reason;
     const tables = tablesOf(proof);
     const own = tables.find(({ load }) => load === rva);
-    if (own === undefined || site.table !== this.#gva(own.begin)) return 'another-table-was-read';
+    if (own === undefined || site.table !== image.gva(own.begin)) return 'another-table-was-read';
     const unstableTable = tables
-      .map(({ begin }) => this.#instabilityAt(begin))
+      .map(({ begin }) => instabilityAt(image, begin))
       .find((why) => why !== undefined);
     return unstableTable === undefined ? proof : `table-${unstableTable}`;
   }
 
-  #instabilityAt(rva: number): string | undefined {
-    const section = this.kernel.image.sectionAt(rva);
-    return section === undefined ? 'outside-sections' : instabilityOf(section);
+  #recogniserOf(image: KernelImage): SwitchRecogniser {
+    const recogniser =
+      this.#recognisers.get(image) ?? new SwitchRecogniser(image.image, image.functions, MOST_FUNCTION_BYTES);
+    this.#recognisers.set(image, recogniser);
+    return recogniser;
   }
 
-  #gva(rva: number): Gva {
-    return this.kernel.base + BigInt(rva);
-  }
-
-  #siteOf(load: number, table: number): Site | undefined {
-    return this.sites.find(this.#gva(load), this.#gva(table));
-  }
-
-  /** Whether all that the proof rests on is in memory now as it was at discovery. */
-  #isUnchanged(proof: FoundSwitch): boolean {
-    const code = functionAt(this.kernel.image, this.functions, proof.rva)!.ranges;
+  /** Whether all that the proof rests on is in memory now as it was when the image was read. */
+  #isUnchanged(image: KernelImage, proof: FoundSwitch): boolean {
+    if (!this.images.isCurrent(image)) return false;
+    const code = functionAt(image.image, image.functions, proof.rva)!.ranges;
     return [...code, ...tablesOf(proof)].every(({ begin, end }) => {
-      const now = this.readOriginal(this.#gva(begin), end - begin);
-      return now !== undefined && Buffer.compare(now, this.kernel.image.read(begin, end - begin)) === 0;
+      const now = this.readOriginal(image.gva(begin), end - begin);
+      return now !== undefined && Buffer.compare(now, image.image.read(begin, end - begin)) === 0;
     });
   }
 
   /** The fastest handlers for which there is slack, with their places; otherwise the reason why there are none. */
-  #place(plans: readonly HandlerPlanning[]): Placed | string {
+  #place(plans: readonly HandlerPlanning[], placer: Placer): Placed | string {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
-    for (const { candidate, parts } of this.#waysOf(plans)) {
-      const handlers = this.placer.place(parts);
+    for (const { candidate, parts } of waysOf(plans, placer.freeBytes)) {
+      const handlers = placer.place(parts);
       if (typeof handlers === 'string') {
         reason = handlers;
         continue;
       }
       const obstacle = this.#obstacleTo(handlers);
       if (obstacle === undefined) return { candidate, handlers };
-      this.placer.release(handlers);
+      placer.release(handlers);
       reason = obstacle;
     }
     return reason;
-  }
-
-  /** Where no handlers for the whole switch fit, one of its two loads less is a gain, too. */
-  #waysOf(plans: readonly HandlerPlanning[]): Way[] {
-    const candidates = affordable(plans, this.placer.freeBytes);
-    const whole = candidates.map((candidate) => ({ candidate, parts: candidate.parts }));
-    const halves = candidates
-      .filter(({ parts }) => parts.length > 1)
-      .flatMap((candidate) => candidate.parts.map((part) => ({ candidate, parts: [part] })));
-    return [...whole, ...halves];
   }
 
   #obstacleTo(handlers: readonly PlacedHandler[]): string | undefined {
@@ -157,8 +144,8 @@ export class Relocator {
     return overlaps ? 'overlaps-hook' : undefined;
   }
 
-  #install({ hot, proof, loads, plans }: Prepared, { candidate, handlers }: Placed): Outcome {
-    const label = `${proof.form} switch at ${hex(this.#gva(proof.rva))}`;
+  #install({ hot, image, proof, loads, plans }: Prepared, { candidate, handlers }: Placed): Outcome {
+    const label = `${proof.form} switch at ${hex(image.gva(proof.rva))}`;
     const installed = this.redirections.installAll(
       handlers.map(({ plan, slack }) => ({
         kind: 'relocation',
@@ -176,8 +163,8 @@ export class Relocator {
     }
     return {
       type: 'relocated',
-      site: this.#gva(proof.rva),
-      table: this.#gva(proof.table),
+      site: image.gva(proof.rva),
+      table: image.gva(proof.table),
       form: proof.form,
       entries: proof.entries,
       loads: loads.flatMap(({ rip: site, hits, state }) => {
@@ -193,8 +180,24 @@ export class Relocator {
       handlerBytes: handlers.reduce((total, { slack }) => total + slack.size, 0),
       passedOver: passedOver(plans, candidate),
       hits: hot.hits,
+      ...moduleOf(image),
     };
   }
+}
+
+function instabilityAt({ image }: KernelImage, rva: number): string | undefined {
+  const section = image.sectionAt(rva);
+  return section === undefined ? 'outside-sections' : instabilityOf(section);
+}
+
+/** Where no handlers for the whole switch fit, one of its two loads less is a gain, too. */
+function waysOf(plans: readonly HandlerPlanning[], freeBytes: number): Way[] {
+  const candidates = affordable(plans, freeBytes);
+  const whole = candidates.map((candidate) => ({ candidate, parts: candidate.parts }));
+  const halves = candidates
+    .filter(({ parts }) => parts.length > 1)
+    .flatMap((candidate) => candidate.parts.map((part) => ({ candidate, parts: [part] })));
+  return [...whole, ...halves];
 }
 
 /** The tables of a switch and the loads that read them; first that of dwords. */
@@ -211,8 +214,12 @@ function tablesOf({
 }
 
 /** A switch that is left as it is counts once. */
-function refuse([site, ...others]: readonly Site[], reason: string): Outcome {
+function refuse([site, ...others]: readonly Site[], reason: string, image?: KernelImage): Outcome {
   ignore(site!, reason);
   for (const other of others) ignore(other);
-  return { type: 'refused', site: site!.rip, table: site!.table, reason };
+  return { type: 'refused', site: site!.rip, table: site!.table, reason, ...moduleOf(image) };
+}
+
+function moduleOf(image: KernelImage | undefined): { module?: string } {
+  return image === undefined || image.name === NT ? {} : { module: image.name };
 }

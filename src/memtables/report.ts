@@ -27,9 +27,20 @@ export type EngineEvent =
       readonly passedOver: Readonly<Record<string, string>>;
       /** Of the load that had become hot. */
       readonly hits: number;
+      /** The file name of the module that it is in; absent for NT. */
+      readonly module?: string;
     }
-  | { readonly type: 'refused'; readonly site: Gva; readonly table: Gva; readonly reason: string }
+  | {
+      readonly type: 'refused';
+      readonly site: Gva;
+      readonly table: Gva;
+      readonly reason: string;
+      /** As above; absent also where it is in none. */
+      readonly module?: string;
+    }
   | { readonly type: 'taken-back'; readonly owner: string; readonly at: Gva }
+  /** The guest has unloaded the module that a change was made in. */
+  | { readonly type: 'module-unloaded'; readonly owner: string; readonly at: Gva }
   | { readonly type: 'unload-blocked'; readonly where: readonly string[] };
 
 /** Code of ours in slack, and where the guest's code leads to it. */

@@ -57,6 +57,13 @@ export class SiteTable {
     return sites?.some(({ redirection }) => redirection?.jump !== undefined) ?? false;
   }
 
+  /** Forgets the loads that `redirection` has replaced: their code is gone. */
+  forget(redirection: Redirection): void {
+    for (const [rip, sites] of this.#byRip) {
+      if (sites.some((site) => site.redirection === redirection)) this.#byRip.delete(rip);
+    }
+  }
+
   *all(): Generator<Site> {
     for (const sites of this.#byRip.values()) yield* sites;
   }

@@ -8,6 +8,9 @@ import { isPageable } from './sections.js';
 /** NT itself has about 12 MB, the largest drivers, those of graphics cards, about 60 MB. */
 export const MAX_IMAGE_BYTES = 64 * 1024 * 1024;
 
+/** What NT's own image is called. */
+export const NT = 'nt';
+
 /** An image whose code runs in the kernel: NT's own, or that of a module. */
 export class KernelImage {
   private exportTable: ExportTable | undefined;
@@ -15,7 +18,7 @@ export class KernelImage {
   private sortedExports: number[] | undefined;
 
   constructor(
-    /** `nt`, or the module's file name. */
+    /** `NT`, or the module's file name. */
     readonly name: string,
     readonly base: Gva,
     /** The image as it was when it was read. */
@@ -30,6 +33,10 @@ export class KernelImage {
 
   contains(gva: Gva): boolean {
     return gva >= this.base && gva < this.end;
+  }
+
+  gva(rva: number): Gva {
+    return this.base + BigInt(rva);
   }
 
   /** The exported functions and data. @throws MemtablesError `IMAGE_INVALID` */

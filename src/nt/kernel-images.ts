@@ -10,7 +10,11 @@ const LIST_INTERVAL_MS = 1000;
 /** A hostile list must not fill our memory; all modules of a guest have a few hundred MB, those that are hooked few. */
 const MAX_HELD_BYTES = 256 * 1024 * 1024;
 const IN_MID_CHANGE: ReadonlySet<ErrorCode> = new Set(['GUEST_STRUCTURE_INVALID', 'GUEST_MEMORY_UNMAPPED']);
-const UNREADABLE: ReadonlySet<ErrorCode> = new Set(['IMAGE_INVALID', 'GUEST_UNSUPPORTED']);
+const UNREADABLE: ReadonlySet<ErrorCode> = new Set([
+  'IMAGE_INVALID',
+  'GUEST_UNSUPPORTED',
+  'GUEST_MEMORY_UNMAPPED',
+]);
 
 /**
  * The images whose code runs in the kernel: NT's own, and those of the modules that it has loaded. A module's is read
@@ -25,18 +29,25 @@ export class KernelImages {
 
   /**
    * @param readOriginal reads guest memory without what we have changed
-   * @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID`
+   * @throws MemtablesError `IMAGE_INVALID` when NT's functions are not known; `SYMBOL_NOT_FOUND`, `PROFILE_INVALID`
    */
   constructor(
     readonly nt: Kernel,
     private readonly readOriginal: MappedReader,
   ) {
+    void nt.functions;
     this.refresh();
   }
 
   /** How many modules there are besides NT. */
   get moduleCount(): number {
     return this.#modules.length;
+  }
+
+  /** NT's image, and those of modules that have been needed. */
+  inUse(): KernelImage[] {
+    const modules = [...this.#images.values()];
+    return [this.nt, ...modules.filter((image) => image !== 'unreadable')];
   }
 
   /** Where the image lies that has a byte at `gva`. To be asked for every violation. */
@@ -68,7 +79,11 @@ export class KernelImages {
   }
 
   /** Whether the image still lies where it did: a module may have been unloaded, and another one loaded there. */
-  isCurrent({ base, image }: KernelImage): boolean {
+  isCurrent(image: KernelImage): boolean {
+    return image === this.nt || this.#hasHeadersOf(image);
+  }
+
+  #hasHeadersOf({ base, image }: KernelImage): boolean {
     const length = Math.min(image.sizeOfHeaders, PAGE_SIZE);
     const headers = this.readOriginal(base, length);
     return headers !== undefined && Buffer.compare(headers, image.read(0, length)) === 0;

@@ -3,7 +3,7 @@ import { type Gpa, type Gva, PAGE_SIZE, pageBase } from '../vmi/address.js';
 import { GuestMemory } from '../vmi/guest-memory.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import type { Registers } from '../x86/registers.js';
-import { imageSize, KernelImage, MAX_IMAGE_BYTES, type MappedReader, readImage } from './kernel-image.js';
+import { imageSize, KernelImage, MAX_IMAGE_BYTES, type MappedReader, NT, readImage } from './kernel-image.js';
 import { pageTableRoot } from './page-table.js';
 import type { PdbReference, PeImage } from './pe.js';
 import type { Profile } from './profile.js';
@@ -36,7 +36,7 @@ export class Kernel extends KernelImage {
     /** The table of system services, which is read like a switch table but is none. */
     readonly ssdt: GvaRange,
   ) {
-    super('nt', base, image, holes);
+    super(NT, base, image, holes);
   }
 
   /** The address of a symbol. @throws MemtablesError `SYMBOL_NOT_FOUND`, `PROFILE_INVALID` */

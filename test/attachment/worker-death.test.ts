@@ -14,7 +14,14 @@ vi.mock('node:worker_threads', () => ({
   },
 }));
 
-const KERNEL = { base: 0xfffff80000000000n, size: 0x1000, pdb: 'x.pdb', vcpus: 1, library: 'x.so' };
+const KERNEL = {
+  base: 0xfffff80000000000n,
+  size: 0x1000,
+  pdb: 'x.pdb',
+  modules: 0,
+  vcpus: 1,
+  library: 'x.so',
+};
 const failure = (action: Promise<unknown>): Promise<unknown> =>
   action.then(
     () => 'nothing was thrown',

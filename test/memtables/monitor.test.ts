@@ -3,7 +3,7 @@ import { CloakMap } from '../../src/cloak/cloak-map.js';
 import { Monitor } from '../../src/memtables/monitor.js';
 import type { CodeChange } from '../../src/memtables/patcher.js';
 import { SiteTable } from '../../src/memtables/sites.js';
-import type { Kernel } from '../../src/nt/kernel.js';
+import type { KernelImages } from '../../src/nt/kernel-images.js';
 import type { Hypervisor, Violation } from '../../src/vmi/hypervisor.js';
 import { InstructionCache } from '../../src/x86/instruction-cache.js';
 import type { GprName } from '../../src/x86/registers.js';
@@ -34,17 +34,18 @@ function setUp(code: number[], registers: Partial<Record<GprName, bigint>> = {})
     },
   } as Partial<Hypervisor> as Hypervisor;
   const guest = { code };
-  const kernel = {
-    base: CODE,
-    end: CODE + 0x10000n,
-    ssdt: { start: 0n, end: 0n },
-    memory: {
-      isMapped: () => true,
-      read: () => Buffer.from([...guest.code, ...Buffer.alloc(15)]).subarray(0, 15),
+  const images = {
+    rangeAt: () => ({ start: CODE, end: CODE + 0x10000n }),
+    nt: {
+      ssdt: { start: 0n, end: 0n },
+      memory: {
+        isMapped: () => true,
+        read: () => Buffer.from([...guest.code, ...Buffer.alloc(15)]).subarray(0, 15),
+      },
     },
-  } as unknown as Kernel;
+  } as unknown as KernelImages;
   const sites = new SiteTable();
-  const monitor = new Monitor(hypervisor, kernel, cloaks, new InstructionCache(), sites, 50);
+  const monitor = new Monitor(hypervisor, images, cloaks, new InstructionCache(), sites, 50);
   const violate = (gpa: bigint, kind: 'read' | 'write') =>
     monitor.handle({
       vcpu: 0,

@@ -1,0 +1,55 @@
+import type { Kernel } from '../nt/kernel.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import type { CodeChange, Patcher } from './patcher.js';
+import type { Redirection, Redirections } from './redirections.js';
+
+/** How long what we have changed in a module may be gone before it is noticed. */
+const CHECK_INTERVAL_MS = 1000;
+
+/**
+ * Notices when the guest has unloaded a module that holds a change of ours: its frames are somebody else's then, and
+ * nothing is written there or answered for them any more.
+ */
+export class UnloadedModules {
+  #checkedAt = Number.NEGATIVE_INFINITY;
+
+  constructor(
+    private readonly hypervisor: Hypervisor,
+    private readonly nt: Kernel,
+    private readonly patcher: Patcher,
+    private readonly redirections: Redirections,
+  ) {}
+
+  /** True when there are changes in modules, and they have not been looked at for a while. */
+  get isCheckDue(): boolean {
+    return performance.now() - this.#checkedAt >= CHECK_INTERVAL_MS && this.#inModules().length > 0;
+  }
+
+  /** Whether a change is gone. Needs no pause, and is sure only with one. */
+  hasLost(): boolean {
+    this.#checkedAt = performance.now();
+    this.hypervisor.flushCaches();
+    return this.#inModules().some((redirection) => this.#isLost(redirection));
+  }
+
+  /** Gives up every redirection of which something is gone, and returns them. For a quiescent guest. */
+  abandon(): Redirection[] {
+    const lost = this.#inModules().filter((redirection) => this.#isLost(redirection));
+    for (const redirection of lost) {
+      this.redirections.abandon(redirection, this.#isChangeLost(redirection.code));
+    }
+    return lost;
+  }
+
+  #inModules(): Redirection[] {
+    return this.redirections.all().filter(({ at }) => !this.nt.contains(at));
+  }
+
+  #isLost({ jump, code }: Redirection): boolean {
+    return (jump !== undefined && this.#isChangeLost(jump)) || this.#isChangeLost(code);
+  }
+
+  #isChangeLost(change: CodeChange): boolean {
+    return !this.nt.contains(change.patch.gva) && !this.patcher.isInPlace(change);
+  }
+}
