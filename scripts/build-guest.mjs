@@ -21,6 +21,8 @@ const UNITS = [
   'trap',
   'platform/embedded',
   'workload',
+  'lexer',
+  'modules',
   'integrity',
   'exports',
   'switches',

@@ -1,6 +1,6 @@
 # The integrity checker, PatchGuard's part: it keeps comparing headers, all non-writable sections and the slack
-# behind them with a copy made at boot, and it reads them in every way a checker may. Most of a page is read
-# widely; which 256 bytes are read narrowly changes with page and sweep.
+# behind them, of NT and of the module, with a copy made at boot, and it reads them in every way a checker may. Most
+# of a page is read widely; which 256 bytes are read narrowly changes with page and sweep.
 .include "guest.inc"
 
 .set PE_OFFSET, 0x3c
@@ -18,21 +18,36 @@
 .set BLOCKS, PAGE_BYTES / BLOCK_BYTES
 .set UNWINDER_READS, 4
 
+# An image that is checked, and the copy it is compared with.
+.set CHECKED_BASE, 0x00
+.set CHECKED_REFERENCE, 0x08
+
 code_section INIT
 
-# Copies the image as the loader left it.
-frame_function WlKeepReferenceImage, 8, rsi, rdi
+# RCX = boot block: copies the images as the loader left them.
+frame_function WlKeepReferenceImages, 0, rbx, rsi, rdi
+    mov     rsi, [rcx + BOOT_MODULE]
+    lea     rbx, [rip + WlModuleChecked]
+    test    rsi, rsi
+    jz      .Lno_module
+    call    .Lkeep_reference
+.Lno_module:
     lea     rsi, [rip + __ImageBase]
+    lea     rbx, [rip + WlKernelChecked]
+    call    .Lkeep_reference
+    leave_frame
+    ret
+.Lkeep_reference:
+    mov     [rbx + CHECKED_BASE], rsi
     mov     eax, [rsi + PE_OFFSET]
     mov     ecx, [rsi + rax + PE_SIZE_OF_IMAGE]
     mov     edx, ecx
     call    ExAllocatePool
-    mov     [rip + WlReferenceImage], rax
+    mov     [rbx + CHECKED_REFERENCE], rax
     mov     rdi, rax
     mov     ecx, edx
     shr     ecx, 3
     rep movsq
-    leave_frame
     ret
 end_frame_function
 
@@ -43,7 +58,21 @@ frame_function WlIntegrityThread, 0x28
     call    KeDelayExecutionThread
     xor     r15d, r15d                          # sweeps
 .Lsweep:
-    lea     r14, [rip + __ImageBase]
+    lea     r12, [rip + WlKernelChecked]
+    call    WlCheckImage
+    lea     r12, [rip + WlModuleChecked]
+    cmp     qword ptr [r12 + CHECKED_BASE], 0
+    je      .Lall_checked
+    call    WlCheckImage
+.Lall_checked:
+    inc     r15d
+    inc     qword ptr [rip + WlReport + REPORT_SWEEPS]
+    jmp     .Lsweep
+end_frame_function
+
+# R12 = what is checked, R15D = sweep.
+frame_function WlCheckImage, 0x20, rbx, rbp, r14
+    mov     r14, [r12 + CHECKED_BASE]
     xor     ecx, ecx
     mov     edx, PAGE_BYTES
     call    WlCheckRange                        # the headers
@@ -64,12 +93,11 @@ frame_function WlIntegrityThread, 0x28
     add     rbx, SECTION_BYTES
     dec     ebp
     jnz     .Lnext_section
-    inc     r15d
-    inc     qword ptr [rip + WlReport + REPORT_SWEEPS]
-    jmp     .Lsweep
+    leave_frame
+    ret
 end_frame_function
 
-# ECX = RVA, EDX = bytes, both whole pages; R15D = sweep.
+# ECX = RVA, EDX = bytes, both whole pages; R12 = what is checked, R15D = sweep.
 frame_function WlCheckRange, 0x28, rbx, rbp
     mov     ebx, ecx
     lea     ebp, [rcx + rdx]
@@ -87,23 +115,23 @@ frame_function WlCheckRange, 0x28, rbx, rbp
     ret
 end_frame_function
 
-# ECX = RVA of a page, R15D = sweep.
-frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r12
+# ECX = RVA of a page, R12 = what is checked, R15D = sweep.
+frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r13
     mov     ebx, ecx
-    lea     rsi, [rip + __ImageBase]
+    mov     rsi, [r12 + CHECKED_BASE]
     add     rsi, rbx
     lea     rdi, [rip + PageBuffer]
     mov     ebp, ecx
     shr     ebp, 12
     add     ebp, r15d
     and     ebp, BLOCKS - 1                     # the block that is read narrowly
-    lea     r12d, [rbp + BLOCKS / 2]
-    and     r12d, BLOCKS - 1                    # the block that is copied by rep movsq
+    lea     r13d, [rbp + BLOCKS / 2]
+    and     r13d, BLOCKS - 1                    # the block that is copied by rep movsq
     xor     r8d, r8d
 .Lnext_block:
     cmp     r8d, ebp
     je      .Lnarrow_block
-    cmp     r8d, r12d
+    cmp     r8d, r13d
     je      .Lstring_block
     mov     ecx, BLOCK_BYTES / 16
 .Lnext_wide_read:
@@ -126,9 +154,9 @@ frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r12
     jb      .Lnext_block
 
     lea     rcx, [rip + PageBuffer]
-    mov     rdx, [rip + WlReferenceImage]
+    mov     rdx, [r12 + CHECKED_REFERENCE]
     add     rdx, rbx
-    lea     r8, [rip + __ImageBase]
+    mov     r8, [r12 + CHECKED_BASE]
     add     r8, rbx
     mov     r9d, PAGE_BYTES
     call    WlCompare
@@ -136,7 +164,8 @@ frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r12
     ret
 end_frame_function
 
-# RSI = 256 bytes of the image, RDI = where they go; moves both on. One kind of read after the other.
+# RSI = 256 bytes of the image, RDI = where they go; moves both on. R12 = what is checked. One kind of read after
+# the other.
 function WlReadNarrowly
     .irp    at, 0, 1, 2, 3, 4, 5
     movzx   eax, byte ptr [rsi + \at]
@@ -187,11 +216,10 @@ function WlReadNarrowly
     mov     ecx, 4
     rep movsd
     # Eight bytes compared in place; the buffer gets what the reference holds, or the byte that differs.
-    lea     r9, [rip + __ImageBase]
     mov     r10, rdi
     mov     rdi, rsi
-    sub     rdi, r9
-    add     rdi, [rip + WlReferenceImage]
+    sub     rdi, [r12 + CHECKED_BASE]
+    add     rdi, [r12 + CHECKED_REFERENCE]
     mov     r11, rsi
     mov     rax, [rdi]
     mov     [r10], rax
@@ -220,14 +248,14 @@ function WlReadNarrowly
     add     rdi, 128
     ret
 
-# ECX = RVA of a page whose predecessor is checked too: reads that lie on both.
+# ECX = RVA of a page whose predecessor is checked too, R12 = what is checked: reads that lie on both.
 frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi
     mov     ebx, ecx
-    lea     rsi, [rip + __ImageBase]
+    mov     rsi, [r12 + CHECKED_BASE]
     add     rsi, rbx
     lea     rdi, [rip + PageBuffer]
     # Each read has eight or sixteen bytes of the buffer to itself, behind bytes that are copied from the reference.
-    mov     rdx, [rip + WlReferenceImage]
+    mov     rdx, [r12 + CHECKED_REFERENCE]
     add     rdx, rbx
     movups  xmm0, [rsi - 5]
     movups  [rdi], xmm0
@@ -236,7 +264,7 @@ frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi
     lea     r8, [rsi - 5]
     mov     r9d, 16
     call    WlCompare
-    mov     rdx, [rip + WlReferenceImage]
+    mov     rdx, [r12 + CHECKED_REFERENCE]
     mov     rax, [rsi - 3]
     mov     [rdi], rax
     lea     rcx, [rip + PageBuffer]
@@ -244,7 +272,7 @@ frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi
     lea     r8, [rsi - 3]
     mov     r9d, 8
     call    WlCompare
-    mov     rdx, [rip + WlReferenceImage]
+    mov     rdx, [r12 + CHECKED_REFERENCE]
     mov     eax, [rsi - 2]
     mov     [rdi], eax
     mov     eax, [rdx + rbx + 2]
@@ -254,7 +282,7 @@ frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi
     lea     r8, [rsi - 2]
     mov     r9d, 8
     call    WlCompare
-    mov     rdx, [rip + WlReferenceImage]
+    mov     rdx, [r12 + CHECKED_REFERENCE]
     mov     rax, [rdx + rbx - 1]
     mov     [rdi], rax
     movzx   eax, word ptr [rsi - 1]
@@ -340,8 +368,12 @@ end_frame_function
     .data
     .balign 16
     .globl  WlReferenceImage
+WlKernelChecked:
+    .quad   0
 WlReferenceImage:
     .quad   0
+WlModuleChecked:
+    .quad   0, 0
     .balign 64
 PageBuffer:
     .fill   PAGE_BYTES, 1, 0

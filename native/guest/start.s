@@ -114,7 +114,10 @@ frame_function KiInitializeKernel, 0x28, rbx, rsi, rdi, r12
     mov     [rip + MmStackNext], rax
     mov     eax, [rbx + BOOT_LOW_ALIAS]
     mov     [rip + WlLowAlias], eax
-    call    WlKeepReferenceImage
+    mov     rcx, rbx
+    call    MiInitializeLoadedModuleList
+    mov     rcx, rbx
+    call    WlKeepReferenceImages
     call    KiBuildInterruptTable
 
     lea     rcx, [rip + IdleProcessName]

@@ -1,4 +1,5 @@
-# Who runs on this kernel: the switch workers, the thread of the look-alikes, the integrity checker, a user thread.
+# Who runs on this kernel: the switch workers, the thread of the look-alikes, the integrity checker, a user thread; and
+# where there is a module, its lexer (lexer.s).
 .include "guest.inc"
 
 # Switches between two publications of a stream's checksum.
@@ -71,6 +72,12 @@ frame_function WlCreateWorkload, 0x20, rbx, rsi, rdi
     call    .Lcreate_system_thread
 
     mov     rbx, [rip + KiBootBlock]
+    cmp     qword ptr [rbx + BOOT_MODULE], 0
+    je      .Lno_module
+    mov     rax, rbx
+    lea     rdx, [rip + WlLexerThread]
+    call    .Lcreate_system_thread
+.Lno_module:
     mov     rdi, [rbx + BOOT_USER_CODE_ALIAS]
     lea     rsi, [rip + WlUserCode]
     mov     ecx, OFFSET WlUserCodeEnd - WlUserCode

@@ -72,21 +72,24 @@ function describePhase(name: string, phase: Phase): string {
   return `${name}: ${plural(switches, 'switch', 'switches')}/s, ${plural(phase.integritySweeps, 'integrity sweep')}`;
 }
 
-/** A row for each phase; for each form of a switch, how many a second, and how many table loads were trapped. */
+/** A row for each phase; for each form of a switch that ran, how many a second, and how many table loads were trapped. */
 function phaseTable(phases: DemoSummary['phases']): string[] {
   const cell = (text: string | number, width: number) => text.toLocaleString('en').padStart(width);
   const row = (name: string, cells: (string | number)[]) =>
     name.padEnd(9) + cells.map((text, index) => cell(text, index % 2 === 0 ? 13 : 9)).join('');
+  const forms = FORMS.filter((form) =>
+    Object.values(phases).some((phase) => phase.byForm[form].switches > 0),
+  );
   return [
-    ''.padEnd(9) + FORMS.map((form) => form.padStart(22)).join(''),
+    ''.padEnd(9) + forms.map((form) => form.padStart(22)).join(''),
     row(
       '',
-      FORMS.flatMap(() => ['switches/s', 'trapped']),
+      forms.flatMap(() => ['switches/s', 'trapped']),
     ),
     ...Object.entries(phases).map(([name, phase]) =>
       row(
         name,
-        FORMS.flatMap((form) => [Math.round(rate(phase, form)), phase.byForm[form].readViolations]),
+        forms.flatMap((form) => [Math.round(rate(phase, form)), phase.byForm[form].readViolations]),
       ),
     ),
   ];

@@ -1,7 +1,12 @@
 import type { SwitchForm } from '../guest/artefacts.js';
 import type { HostStatistics } from '../host/statistics-client.js';
 
-export const FORMS = ['one-level', 'two-level', 'look-alike'] as const satisfies readonly SwitchForm[];
+export const FORMS = [
+  'one-level',
+  'two-level',
+  'look-alike',
+  'lexer',
+] as const satisfies readonly SwitchForm[];
 
 export interface FormCounts {
   /** Counted by the guest itself. */
@@ -28,6 +33,7 @@ export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
     'one-level': counts('one-level'),
     'two-level': counts('two-level'),
     'look-alike': counts('look-alike'),
+    lexer: counts('lexer'),
   };
   return {
     seconds: secondsBetween(from, to),

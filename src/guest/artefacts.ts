@@ -3,9 +3,10 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { MemtablesError } from '../errors.js';
 import type { GprName } from '../x86/registers.js';
+import { type GuestModule, readGuestModule } from './lexer-module.js';
 
 /** What kind of load a switch site of the guest is; its own counters are kept by the same names. */
-export type SwitchForm = 'one-level' | 'two-level' | 'look-alike';
+export type SwitchForm = 'one-level' | 'two-level' | 'look-alike' | 'lexer';
 
 /** Why a look-alike must be left alone. The engine has words of its own; these name the hazard. */
 export type RefusalHazard =
@@ -27,7 +28,7 @@ export type RefusalHazard =
   | 'initkdbg'
   | 'kvascode';
 
-/** One table load of the guest's image, as its source declares it. RVAs are relative to the image base. */
+/** One table load of an image of the guest. RVAs are relative to the image base. */
 export interface SwitchSite {
   readonly name: string;
   readonly form: SwitchForm;
@@ -98,6 +99,8 @@ export interface GuestArtefacts {
   /** The ISF profile of the image. */
   readonly profilePath: string;
   readonly sites: GuestSites;
+  /** Absent where it has not been fetched: the guest then boots without it. */
+  readonly module?: GuestModule;
 }
 
 /** Where the set-up builds the guest to. */
@@ -111,8 +114,10 @@ export const GUEST_DIRECTORY = fileURLToPath(new URL('../../build/guest', import
 export function readGuestArtefacts(directory = GUEST_DIRECTORY): GuestArtefacts {
   const imagePath = join(directory, 'ntoskrnl.exe');
   const profilePath = join(directory, 'ntoskrnl.json');
+  const module = readGuestModule();
   try {
     return {
+      ...(module && { module }),
       image: readFileSync(imagePath),
       imagePath,
       profilePath,

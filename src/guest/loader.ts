@@ -1,8 +1,11 @@
 import { MemtablesError } from '../errors.js';
 import type { Machine } from '../machine/machine.js';
+import { ExportTable } from '../nt/exports.js';
+import { PeImage } from '../nt/pe.js';
 import { nextRandom } from '../random.js';
 import { type Gpa, type Gva, gpaOfFrame, PAGE_SHIFT, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import { type LaidOutImage, layOutImage } from './image.js';
+import type { GuestModule } from './lexer-module.js';
 import { type PageRights, PageTableBuilder } from './page-tables.js';
 
 export interface GuestOptions {
@@ -10,6 +13,8 @@ export interface GuestOptions {
   readonly image: Buffer;
   /** Chooses the kernel base, the physical placement and the workload; 32 bits. */
   readonly seed: number;
+  /** Loaded besides the kernel; its lexer reads the text, at least one byte, over and over. */
+  readonly module?: Pick<GuestModule, 'image' | 'languageFunction'> & { readonly text: Uint8Array };
 }
 
 /** Where a guest was put. */
@@ -22,7 +27,8 @@ export interface LoadedGuest {
   readonly vcpuCount: number;
   /** What the host and the guest's platform layer hand each other (native/guest/guest.inc). */
   readonly bootBlock: Gva;
-  /** Translates an address of the image, its low alias, the pool, a kernel stack or the boot block. */
+  readonly module?: { readonly base: Gva; readonly size: number };
+  /** Translates an address of an image, the low alias, the pool, a kernel stack, the boot block or the text. */
   translate(gva: Gva): Gpa | undefined;
 }
 
@@ -41,6 +47,12 @@ export const BOOT_BLOCK = {
   lowAlias: 0x50,
   seed: 0x58,
   report: 0x60,
+  module: 0x68,
+  moduleSize: 0x70,
+  moduleEntry: 0x78,
+  language: 0x80,
+  text: 0x88,
+  textBytes: 0x90,
 } as const;
 
 const PAGE = BigInt(PAGE_SIZE);
@@ -54,6 +66,8 @@ const POOL_REGION = { start: 0xffff_8000_0000_0000n, step: 0x4000_0000n, steps: 
 const STACK_REGION = { start: 0xffff_f500_0000_0000n, step: 0x4000_0000n, steps: 0x100 };
 const USER_CODE_REGION = { start: 0x7ff6_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
 const USER_STACK_REGION = { start: 0x0050_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
+/** Above the kernel's base, whose image ends well before it: within reach of a near jump. */
+const MODULE_REGION = { start: 0x1000_0000n, step: 0x1_0000n, steps: 0x4000 };
 const LOW_ALIAS_REGION = { start: 0x1000_0000n, step: 0x10_0000n, steps: 0x100 };
 
 /** A guard page that is not mapped, then the 24 KB of a kernel stack. */
@@ -63,9 +77,11 @@ const STACK_SLOT_PAGES = STACK_PAGES + 1;
 const STACKS_PER_VCPU = 8;
 /** Checker, look-alikes, user thread. */
 const SINGLE_STACKS = 3;
+/** Of the lexer. */
+const MODULE_STACKS = 1;
 /** KPCR, TSS, GDT, thread objects. */
 const POOL_PAGES_PER_VCPU = 16;
-/** IDT, processes, single threads; the copy of the image comes on top. */
+/** IDT, processes, modules, single threads; the copies of the images come on top. */
 const POOL_PAGES = 16;
 const USER_STACK_PAGES = 2;
 
@@ -80,7 +96,7 @@ const RFLAGS_RESET = 2n;
  * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the machine has too little memory or the
  * seed is not a 32-bit number
  */
-export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions): LoadedGuest {
+export function loadGuest(machine: Machine, { image: file, seed, module }: GuestOptions): LoadedGuest {
   if (!Number.isInteger(seed) || seed < 0 || seed >= SEED_LIMIT) {
     throw new MemtablesError('INVALID_ARGUMENT', `${seed} is no seed`, {
       remedy: 'Use a whole number from 0 to 4294967295.',
@@ -90,26 +106,21 @@ export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions)
   const image = layOutImage(file);
   const placement = new Placement(machine, seed);
   const kernelBase = placement.choose(KERNEL_REGION);
-  relocate(image, kernelBase);
-
-  const imagePages = image.bytes.length / PAGE_SIZE;
-  const imageFrames = Array.from({ length: imagePages }, (_, page) => {
-    const frame = placement.takeFrame();
-    machine.writePhysical(gpaOfFrame(frame), image.bytes.subarray(page * PAGE_SIZE, (page + 1) * PAGE_SIZE));
-    placement.map(kernelBase + BigInt(page) * PAGE, frame, rightsOf(image, page * PAGE_SIZE));
-    return frame;
-  });
+  const imageFrames = placement.mapImage(kernelBase, image);
   const lowAlias = placement.choose(LOW_ALIAS_REGION);
   imageFrames.forEach((frame, page) => {
     placement.map(lowAlias + BigInt(page) * PAGE, frame, {});
   });
 
-  const poolPages = imagePages + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
+  const loadedModule = module && loadModule(placement, kernelBase, module);
+
+  const copiedPages = imageFrames.length + (loadedModule?.size ?? 0) / PAGE_SIZE;
+  const poolPages = copiedPages + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
   const pool = placement.choose(POOL_REGION);
   placement.mapZeroed(pool, poolPages);
   const poolEnd = pool + BigInt(poolPages) * PAGE;
 
-  const slots = STACKS_PER_VCPU * machine.vcpuCount + SINGLE_STACKS;
+  const slots = STACKS_PER_VCPU * machine.vcpuCount + SINGLE_STACKS + (module ? MODULE_STACKS : 0);
   const stacks = placement.choose(STACK_REGION);
   const slotBytes = BigInt(STACK_SLOT_PAGES) * PAGE;
   for (let slot = 0n; slot < slots; slot++) {
@@ -121,6 +132,9 @@ export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions)
   const userCodeFrame = placement.takeZeroedFrame();
   const userCodeAlias = bootBlock + 2n * PAGE;
   placement.map(userCodeAlias, userCodeFrame, { write: true });
+
+  const text = userCodeAlias + 2n * PAGE;
+  placement.mapBytes(text, module?.text ?? new Uint8Array());
 
   const userCr3 = placement.createProcess();
   const userCode = placement.choose(USER_CODE_REGION);
@@ -138,6 +152,7 @@ export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions)
     seed,
     vcpuCount: machine.vcpuCount,
     bootBlock,
+    ...(loadedModule && { module: loadedModule }),
     translate: (gva) => placement.translate(gva),
   };
   const fields: Record<keyof typeof BOOT_BLOCK, bigint> = {
@@ -154,6 +169,12 @@ export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions)
     lowAlias,
     seed: BigInt(seed),
     report: 0n,
+    module: loadedModule?.base ?? 0n,
+    moduleSize: BigInt(loadedModule?.size ?? 0),
+    moduleEntry: loadedModule?.entryPoint ?? 0n,
+    language: loadedModule?.language ?? 0n,
+    text,
+    textBytes: BigInt(module?.text.length ?? 0),
   };
   const block = Buffer.alloc(PAGE_SIZE);
   for (const [name, offset] of Object.entries(BOOT_BLOCK)) {
@@ -175,6 +196,30 @@ export function loadGuest(machine: Machine, { image: file, seed }: GuestOptions)
     });
   }
   return guest;
+}
+
+interface LoadedModule {
+  readonly base: Gva;
+  readonly size: number;
+  readonly entryPoint: Gva;
+  readonly language: Gva;
+}
+
+function loadModule(
+  placement: Placement,
+  kernelBase: Gva,
+  module: NonNullable<GuestOptions['module']>,
+): LoadedModule {
+  const image = layOutImage(module.image);
+  const base = kernelBase + placement.choose(MODULE_REGION);
+  placement.mapImage(base, image);
+  const language = ExportTable.read(PeImage.fromFile(module.image)).rvaOf(module.languageFunction);
+  return {
+    base,
+    size: image.bytes.length,
+    entryPoint: base + BigInt(image.entryPoint),
+    language: base + BigInt(language),
+  };
 }
 
 /** Adds the distance from the preferred base to every address in the image. */
@@ -241,6 +286,23 @@ class Placement {
   map(gva: Gva, frame: bigint, rights: PageRights): void {
     this.#tables.map(this.systemCr3, gva, frame, rights);
     this.#mapped.set(gva >> PAGE_SHIFT, frame);
+  }
+
+  /** Returns the frames, one for each page. */
+  mapImage(base: Gva, image: LaidOutImage): bigint[] {
+    relocate(image, base);
+    return this.mapBytes(base, image.bytes, (offset) => rightsOf(image, offset));
+  }
+
+  /** In whole pages, read-only unless `rights` gives more to the one at an offset; returns the frames. */
+  mapBytes(gva: Gva, bytes: Uint8Array, rights: (offset: number) => PageRights = () => ({})): bigint[] {
+    return Array.from({ length: Math.ceil(bytes.length / PAGE_SIZE) }, (_, page) => {
+      const frame = this.takeZeroedFrame();
+      const offset = page * PAGE_SIZE;
+      this.machine.writePhysical(gpaOfFrame(frame), bytes.subarray(offset, offset + PAGE_SIZE));
+      this.map(gva + BigInt(offset), frame, rights(offset));
+      return frame;
+    });
   }
 
   mapZeroed(gva: Gva, pages: number): void {

@@ -17,6 +17,18 @@ export interface StreamReport {
   readonly checksum: number;
 }
 
+/** What the lexer of the module has done. */
+export interface LexerReport {
+  /** Times it has read the whole text. */
+  readonly passes: bigint;
+  /** Of all passes, and so far of the one under way. */
+  readonly tokens: bigint;
+  /** Of the tokens of the first pass. */
+  readonly checksum: number;
+  /** Passes with another checksum. */
+  readonly mismatches: bigint;
+}
+
 /** What one processor has done. */
 export interface ProcessorReport {
   readonly ticks: bigint;
@@ -28,6 +40,8 @@ export interface GuestReport {
   /** Per vCPU a one-level and a two-level thread and a one-level stream in its DPC; one of look-alikes. */
   readonly streams: readonly StreamReport[];
   readonly switches: Readonly<Record<SwitchForm, bigint>>;
+  /** Absent until it has read the text once, and where the guest has no module. */
+  readonly lexer?: LexerReport;
   readonly integrity: {
     /** Full passes over headers, non-writable sections and their slack. */
     readonly sweeps: bigint;
@@ -68,7 +82,12 @@ const STOP_VECTOR = 0x50;
 const STOP_RIP = 0x58;
 const STOP_ERROR = 0x60;
 const STOP_CR2 = 0x68;
-const PROCESSORS = 0x80;
+const LEXER_SWITCHES = 0x70;
+const LEXER_TOKENS = 0x78;
+const LEXER_PASSES = 0x80;
+const LEXER_MISMATCHES = 0x88;
+const LEXER_CHECKSUM = 0x90;
+const PROCESSORS = 0xa0;
 const PROCESSOR_BYTES = 0x20;
 const TICKS = 0x00;
 const HALTS = 0x08;
@@ -108,12 +127,22 @@ export function readGuestReport(machine: Machine, guest: LoadedGuest): GuestRepo
   const streams = Array.from({ length: used }, (_, index) =>
     readStream(report.subarray(STREAMS + index * STREAM_BYTES)),
   );
-  const switches = { 'one-level': 0n, 'two-level': 0n, 'look-alike': 0n };
+  const lexed = report.readBigUInt64LE(LEXER_SWITCHES);
+  const switches = { 'one-level': 0n, 'two-level': 0n, 'look-alike': 0n, lexer: lexed };
   for (const { form, running } of streams) switches[form] += running;
   const first = report.readBigUInt64LE(FIRST_MISMATCH);
+  const passes = report.readBigUInt64LE(LEXER_PASSES);
   return {
     streams,
     switches,
+    ...(passes !== 0n && {
+      lexer: {
+        passes,
+        tokens: report.readBigUInt64LE(LEXER_TOKENS),
+        checksum: report.readUInt32LE(LEXER_CHECKSUM),
+        mismatches: report.readBigUInt64LE(LEXER_MISMATCHES),
+      },
+    }),
     integrity: {
       sweeps: report.readBigUInt64LE(SWEEPS),
       mismatches: report.readBigUInt64LE(MISMATCHES),

@@ -2,13 +2,14 @@
 import { randomBytes } from 'node:crypto';
 import { aborted } from '../aborted.js';
 import { type GuestArtefacts, readGuestArtefacts } from '../guest/artefacts.js';
+import { lexerText } from '../guest/lexer-text.js';
 import { type LoadedGuest, loadGuest } from '../guest/loader.js';
 import { readGuestReport } from '../guest/report.js';
 import { createMachine } from '../machine/create-machine.js';
 import type { Machine } from '../machine/machine.js';
 import { PeImage } from '../nt/pe.js';
 import { isSocketAt } from '../socket-place.js';
-import { snapshotImage } from './image-snapshot.js';
+import { snapshotImages } from './image-snapshot.js';
 import { Introspection } from './introspection.js';
 import { serveJsonLines } from './json-lines.js';
 import { KvmiConnection } from './kvmi-connection.js';
@@ -23,6 +24,8 @@ const BYTES_PER_MB = 1024 * 1024;
 /** The vector and period of the guest's clock interrupt. */
 const TIMER_VECTOR = 0xd1;
 const TIMER_MICROSECONDS = 1000;
+/** So short that a pass through it ends within seconds where every switch is a trap. */
+const LEXER_TEXT_BYTES = 2048;
 
 export interface HostOptions {
   /** The introspection tool's unix socket; tried again until it exists. */
@@ -49,7 +52,13 @@ export async function runHost(options: HostOptions): Promise<void> {
   const artefacts = readGuestArtefacts();
   const machine = createMachine({ vcpus: options.vcpus, memoryBytes: options.memoryMB * BYTES_PER_MB });
   try {
-    const guest = loadGuest(machine, { image: artefacts.image, seed: options.seed });
+    const { image, module } = artefacts;
+    const { seed } = options;
+    const guest = loadGuest(machine, {
+      image,
+      seed,
+      ...(module && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
+    });
     machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
     await serveGuest(machine, guest, artefacts, options);
   } finally {
@@ -61,20 +70,26 @@ export async function runHost(options: HostOptions): Promise<void> {
 export async function serveGuest(
   machine: Machine,
   guest: LoadedGuest,
-  artefacts: Pick<GuestArtefacts, 'image' | 'sites'>,
+  artefacts: Pick<GuestArtefacts, 'image' | 'sites' | 'module'>,
   options: Pick<HostOptions, 'socket' | 'statisticsPath' | 'signal' | 'log'>,
 ): Promise<void> {
   const { socket, statisticsPath = `${socket}.stats`, signal, log = () => {} } = options;
   isSocketAt(socket);
+  const { sites, module } = artefacts;
   const image = PeImage.fromFile(artefacts.image);
+  const moduleImage = module && PeImage.fromFile(module.image);
   const started = performance.now();
   const uptime = () => Math.round(performance.now() - started);
-  const counters = new ViolationCounters(machine, artefacts.sites.sites, guest.kernelBase, uptime);
+  const watched = [
+    { base: guest.kernelBase, sites: sites.sites },
+    ...(guest.module && module ? [{ base: guest.module.base, sites: module.sites }] : []),
+  ];
+  const counters = new ViolationCounters(machine, watched, uptime);
   const introspection = new Introspection(machine, counters);
   const stopStatistics = await serveJsonLines(statisticsPath, {
     statistics: () =>
       hostStatistics(uptime(), guest, introspection, counters.report(), readGuestReport(machine, guest)),
-    image: () => snapshotImage(machine, guest, image),
+    image: () => snapshotImages(machine, guest, image, moduleImage),
   });
   const failure = new AbortController();
   const loop = new RunLoop(machine, introspection, (error) => failure.abort(error));

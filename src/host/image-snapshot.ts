@@ -1,9 +1,9 @@
 import type { LoadedGuest } from '../guest/loader.js';
 import type { Machine } from '../machine/machine.js';
 import type { PeImage } from '../nt/pe.js';
-import { hex, PAGE_SIZE } from '../vmi/address.js';
+import { type Gva, hex, PAGE_SIZE } from '../vmi/address.js';
 
-/** Mapped bytes of the kernel image, in whole pages. */
+/** Mapped bytes of an image, in whole pages. */
 export interface ImageRegion {
   /** Of the section; `headers` for what lies before the first. */
   readonly name: string;
@@ -12,19 +12,40 @@ export interface ImageRegion {
   readonly bytes: string;
 }
 
-export interface ImageSnapshot {
+interface Placed {
   /** As `0x…`. */
   readonly base: string;
   /** Headers and non-writable sections with the slack behind them; pages that are not mapped are left out. */
   readonly regions: readonly ImageRegion[];
 }
 
-/** The bytes of the kernel image that must not change, as memory holds them: no cloak is applied. */
-export function snapshotImage(
+/** Of the kernel's image, and of the module's, where there is one. */
+export interface ImageSnapshot extends Placed {
+  readonly module?: Placed;
+}
+
+type Image = Pick<PeImage, 'sizeOfHeaders' | 'sections'>;
+type Guest = Pick<LoadedGuest, 'kernelBase' | 'module' | 'translate'>;
+
+/** The bytes of the guest's images that must not change, as memory holds them: no cloak is applied. */
+export function snapshotImages(
   machine: Pick<Machine, 'readPhysical'>,
-  guest: Pick<LoadedGuest, 'kernelBase' | 'translate'>,
-  image: Pick<PeImage, 'sizeOfHeaders' | 'sections'>,
+  guest: Guest,
+  kernel: Image,
+  module?: Image,
 ): ImageSnapshot {
+  return {
+    ...snapshot(machine, guest, guest.kernelBase, kernel),
+    ...(guest.module && module && { module: snapshot(machine, guest, guest.module.base, module) }),
+  };
+}
+
+function snapshot(
+  machine: Pick<Machine, 'readPhysical'>,
+  guest: Pick<Guest, 'translate'>,
+  base: Gva,
+  image: Image,
+): Placed {
   const fixed = image.sections.filter((section) => !section.writable);
   const parts = [
     { name: 'headers', rva: 0, size: image.sizeOfHeaders },
@@ -33,7 +54,7 @@ export function snapshotImage(
   const regions = parts.flatMap(({ name, rva, size }) => {
     const found: { name: string; rva: number; pages: Buffer[] }[] = [];
     for (let at = rva; at < rva + size; at += PAGE_SIZE) {
-      const gpa = guest.translate(guest.kernelBase + BigInt(at));
+      const gpa = guest.translate(base + BigInt(at));
       if (gpa === undefined) continue;
       const last = found.at(-1);
       const page = machine.readPhysical(gpa, PAGE_SIZE);
@@ -43,7 +64,7 @@ export function snapshotImage(
     return found;
   });
   return {
-    base: hex(guest.kernelBase),
+    base: hex(base),
     regions: regions.map(({ name, rva, pages }) => ({
       name,
       rva,

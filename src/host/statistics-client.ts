@@ -1,7 +1,7 @@
 import { connect, type Socket } from 'node:net';
 import { createInterface } from 'node:readline';
 import { MemtablesError } from '../errors.js';
-import type { ImageSnapshot } from './image-snapshot.js';
+import type { ImageRegion, ImageSnapshot } from './image-snapshot.js';
 import type { HostStatistics } from './statistics.js';
 
 export type { HostStatistics } from './statistics.js';
@@ -40,17 +40,14 @@ export class StatisticsClient {
   }
 
   /**
-   * The bytes of the kernel image that must not change, each at its RVA, zeroes elsewhere: headers, non-writable
-   * sections and slack, as memory has them.
+   * The bytes of the kernel's image that must not change, each at its RVA, zeroes elsewhere: headers, non-writable
+   * sections and slack, as memory has them. Those of the module's image, where there is one, follow in the same way.
    *
    * @throws MemtablesError `HYPERVISOR_GONE`
    */
   async image(): Promise<Buffer> {
-    const { regions } = (await this.ask('image')) as ImageSnapshot;
-    const pieces = regions.map(({ rva, bytes }) => ({ rva, bytes: Buffer.from(bytes, 'base64') }));
-    const image = Buffer.alloc(Math.max(0, ...pieces.map(({ rva, bytes }) => rva + bytes.length)));
-    for (const { rva, bytes } of pieces) image.set(bytes, rva);
-    return image;
+    const { regions, module } = (await this.ask('image')) as ImageSnapshot;
+    return Buffer.concat([regions, module?.regions ?? []].map(joined));
   }
 
   close(): void {
@@ -78,6 +75,13 @@ export class StatisticsClient {
     });
     for (const { reject } of this.waiting.splice(0)) reject(this.gone);
   }
+}
+
+function joined(regions: readonly ImageRegion[]): Buffer {
+  const pieces = regions.map(({ rva, bytes }) => ({ rva, bytes: Buffer.from(bytes, 'base64') }));
+  const image = Buffer.alloc(Math.max(0, ...pieces.map(({ rva, bytes }) => rva + bytes.length)));
+  for (const { rva, bytes } of pieces) image.set(bytes, rva);
+  return image;
 }
 
 function connected(path: string): Promise<Socket> {

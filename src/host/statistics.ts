@@ -1,6 +1,6 @@
 // What the statistics channel answers with; docs/host-statistics.md describes it.
 import type { LoadedGuest } from '../guest/loader.js';
-import type { GuestReport, ProcessorReport, StreamReport } from '../guest/report.js';
+import type { GuestReport, LexerReport, ProcessorReport, StreamReport } from '../guest/report.js';
 import { hex } from '../vmi/address.js';
 import type { EventTimesReport } from './event-times.js';
 import type { Introspection } from './introspection.js';
@@ -15,6 +15,7 @@ export interface StreamStatistics extends Omit<StreamReport, 'running' | 'count'
 /** The guest's own report, as JSON: counts are numbers, addresses `0x…`. */
 export interface GuestStatistics {
   readonly switches: Readonly<Record<StreamReport['form'], number>>;
+  readonly lexer?: Readonly<Record<keyof LexerReport, number>>;
   readonly streams: readonly StreamStatistics[];
   readonly integritySweeps: number;
   readonly integrityMismatches: number;
@@ -75,14 +76,23 @@ export function hostStatistics(
 }
 
 function guestStatistics(report: GuestReport): GuestStatistics {
-  const { integrity, bugCheck } = report;
+  const { integrity, lexer, bugCheck } = report;
   const { firstMismatch } = integrity;
   return {
     switches: {
       'one-level': Number(report.switches['one-level']),
       'two-level': Number(report.switches['two-level']),
       'look-alike': Number(report.switches['look-alike']),
+      lexer: Number(report.switches.lexer),
     },
+    ...(lexer && {
+      lexer: {
+        passes: Number(lexer.passes),
+        tokens: Number(lexer.tokens),
+        checksum: lexer.checksum,
+        mismatches: Number(lexer.mismatches),
+      },
+    }),
     streams: report.streams.map((stream) => ({
       ...stream,
       running: Number(stream.running),

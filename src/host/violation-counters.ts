@@ -1,4 +1,4 @@
-import type { GuestSites, SwitchForm, SwitchSite } from '../guest/artefacts.js';
+import type { SwitchForm, SwitchSite } from '../guest/artefacts.js';
 import type { Machine, Trap } from '../machine/machine.js';
 import { type Gva, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import { accessForm } from './access-form.js';
@@ -36,6 +36,12 @@ export interface ViolationReport {
   readonly sites: readonly SiteViolations[];
 }
 
+/** The table loads of an image of the guest, and where that lies. */
+export interface WatchedImage {
+  readonly base: Gva;
+  readonly sites: readonly SwitchSite[];
+}
+
 type Counter = { -readonly [K in keyof SiteViolations]: SiteViolations[K] };
 
 /** Counts what the introspection traps. The counts only ever grow. */
@@ -51,15 +57,16 @@ export class ViolationCounters implements IntrospectionObserver {
 
   constructor(
     private readonly machine: Machine,
-    sites: GuestSites['sites'],
-    kernelBase: Gva,
+    images: readonly WatchedImage[],
     /** Milliseconds since the host started. */
     private readonly now: () => number,
   ) {
     this.writesAtTrap = new Array(machine.vcpuCount).fill(0);
-    for (const site of sites) {
-      this.watch(site, 'dword', kernelBase + BigInt(site.loadRva));
-      if (site.byteLoadRva !== undefined) this.watch(site, 'byte', kernelBase + BigInt(site.byteLoadRva));
+    for (const { base, sites } of images) {
+      for (const site of sites) {
+        this.watch(site, 'dword', base + BigInt(site.loadRva));
+        if (site.byteLoadRva !== undefined) this.watch(site, 'byte', base + BigInt(site.byteLoadRva));
+      }
     }
   }
 

@@ -5,13 +5,13 @@ import { hostStatistics } from './statistics.js';
 describe('a phase', () => {
   const before = hostStatistics({
     uptimeMs: 1500,
-    switches: { 'one-level': 100, 'two-level': 20, 'look-alike': 3 },
+    switches: { 'one-level': 100, 'two-level': 20, 'look-alike': 3, lexer: 10 },
     sweeps: 7,
     sites: [{ rip: '0x1', violations: 5, stale: 1 }],
   });
   const after = hostStatistics({
     uptimeMs: 4000,
-    switches: { 'one-level': 1100, 'two-level': 70, 'look-alike': 4 },
+    switches: { 'one-level': 1100, 'two-level': 70, 'look-alike': 4, lexer: 17 },
     sweeps: 10,
     sites: [
       { rip: '0x1', violations: 8, stale: 3 },
@@ -19,6 +19,7 @@ describe('a phase', () => {
       { rip: '0x3', form: 'two-level', violations: 2 },
       { rip: '0x4', form: 'two-level', load: 'byte', violations: 4 },
       { rip: '0x5', form: 'look-alike', violations: 6 },
+      { rip: '0x6', form: 'lexer', violations: 1 },
     ],
   });
   const phase = phaseBetween(before, after);
@@ -28,11 +29,12 @@ describe('a phase', () => {
       'one-level': { switches: 1000, readViolations: 13 },
       'two-level': { switches: 50, readViolations: 6 },
       'look-alike': { switches: 1, readViolations: 6 },
+      lexer: { switches: 7, readViolations: 1 },
     });
   });
 
   test('its totals are the sums of the forms: nothing twice', () => {
-    expect([phase.switches, phase.readViolations]).toEqual([1051, 25]);
+    expect([phase.switches, phase.readViolations]).toEqual([1058, 26]);
   });
 
   test('lasts as long as the host says, and rates are by that', () => {

@@ -46,7 +46,7 @@ export function hostStatistics({
     },
     pageFaults: { answered: 0, turnaroundNs: 0, followed: 0, hostNs: 0 },
     guest: {
-      switches: { 'one-level': 0, 'two-level': 0, 'look-alike': 0, ...switches },
+      switches: { 'one-level': 0, 'two-level': 0, 'look-alike': 0, lexer: 0, ...switches },
       streams: [],
       integritySweeps: sweeps,
       integrityMismatches: 0,

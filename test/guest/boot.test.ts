@@ -1,5 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { readGuestArtefacts } from '../../src/guest/artefacts.js';
+import { readGuestModule } from '../../src/guest/lexer-module.js';
+import { lexerText } from '../../src/guest/lexer-text.js';
 import { BOOT_BLOCK, loadGuest } from '../../src/guest/loader.js';
 import { readGuestReport } from '../../src/guest/report.js';
 import { createMachine } from '../../src/machine/create-machine.js';
@@ -53,6 +55,13 @@ describe('the guest boots', () => {
   it('with as many vCPUs as it supports', () => {
     const guest = new SteppedGuest({ vcpus: 32, memoryMB: 32, seed: 5 });
     bootFully(guest);
+    expectNothingOverrun(guest);
+  });
+
+  it.skipIf(readGuestModule() === undefined)('with its module (needs npm run binaries)', () => {
+    const guest = new SteppedGuest({ vcpus: 8, memoryMB: 32, seed: 6, text: lexerText(6, 10) });
+    bootFully(guest);
+    guest.until(({ lexer }) => lexer !== undefined, 'the end of the text');
     expectNothingOverrun(guest);
   });
 

@@ -60,6 +60,15 @@ const NT_OFFSETS: Record<string, Record<string, number>> = {
   },
   _KPCR: { GdtBase: 0, TssBase: 8, UserRsp: 0x10, Self: 0x18, CurrentPrcb: 0x20, IdtBase: 0x38, Prcb: 0x180 },
   _KPRCB: { CurrentThread: 8, NextThread: 0x10, IdleThread: 0x18, Number: 0x24, RspBase: 0x28 },
+  _KLDR_DATA_TABLE_ENTRY: {
+    InLoadOrderLinks: 0,
+    DllBase: 0x30,
+    EntryPoint: 0x38,
+    SizeOfImage: 0x40,
+    FullDllName: 0x48,
+    BaseDllName: 0x58,
+    LoadCount: 0x6c,
+  },
   _KTSS64: { Rsp0: 4, Ist: 0x1c, IoMapBase: 0x66 },
   _KTRAP_FRAME: {
     PreviousMode: 0x28,

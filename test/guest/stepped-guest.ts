@@ -18,6 +18,8 @@ export interface SteppedOptions {
   readonly vcpus?: number;
   readonly seed?: number;
   readonly memoryMB?: number;
+  /** What the lexer of the module is to read; without it the guest has no module. */
+  readonly text?: Uint8Array;
 }
 
 /** The guest on the embedded machine, stepped: what it does depends on the seed alone, not on the clock. */
@@ -30,12 +32,17 @@ export class SteppedGuest {
   /** Traps that `round` came upon, each completed on memory. */
   onTrap: (trap: Trap) => void = () => {};
 
-  constructor({ vcpus = 2, seed = 1, memoryMB = 64 }: SteppedOptions = {}) {
+  constructor({ vcpus = 2, seed = 1, memoryMB = 64, text }: SteppedOptions = {}) {
     this.artefacts = readGuestArtefacts();
     this.profile = loadProfile(this.artefacts.profilePath);
     this.machine = createMachine({ vcpus, memoryBytes: memoryMB * MEGABYTE });
     onTestFinished(() => this.machine.close());
-    this.loaded = loadGuest(this.machine, { image: this.artefacts.image, seed });
+    const { image, module } = this.artefacts;
+    this.loaded = loadGuest(this.machine, {
+      image,
+      seed,
+      ...(module && text && { module: { ...module, text } }),
+    });
     this.hypervisor = new MachineHypervisor(this.machine);
   }
 

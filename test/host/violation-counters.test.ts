@@ -44,7 +44,7 @@ beforeEach(async () => {
   const machine = new FakeMachine();
   mapCode(machine);
   clock = 0;
-  counters = new ViolationCounters(machine, [SITE], KERNEL, () => clock);
+  counters = new ViolationCounters(machine, [{ base: KERNEL, sites: [SITE] }], () => clock);
   fixture = await Fixture.attached(counters, machine);
   await fixture.trap(TRAPPED, EXECUTE_ONLY);
 });

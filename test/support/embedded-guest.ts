@@ -7,7 +7,7 @@ import { type LoadedGuest, loadGuest } from '../../src/guest/loader.js';
 import { type GuestReport, readGuestReport } from '../../src/guest/report.js';
 import { predictChecksum } from '../../src/guest/workload-model.js';
 import type { HandlerChoice } from '../../src/handlers/planner.js';
-import { snapshotImage } from '../../src/host/image-snapshot.js';
+import { snapshotImages } from '../../src/host/image-snapshot.js';
 import { Journal } from '../../src/journal/journal.js';
 import { createMachine } from '../../src/machine/create-machine.js';
 import type { Machine } from '../../src/machine/machine.js';
@@ -136,7 +136,15 @@ export class EmbeddedGuest {
 
   /** The bytes that must be as they were after an unload. */
   image(): string {
-    return JSON.stringify(snapshotImage(this.machine, this.loaded, PeImage.fromFile(this.artefacts.image)));
+    const { image, module } = this.artefacts;
+    return JSON.stringify(
+      snapshotImages(
+        this.machine,
+        this.loaded,
+        PeImage.fromFile(image),
+        module && PeImage.fromFile(module.image),
+      ),
+    );
   }
 
   /** An engine on this guest, with what it reports. */
