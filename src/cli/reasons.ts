@@ -45,7 +45,7 @@ const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'jump-out-of-range': 'the slack is more than 2 GB away',
   'not-adjacent': 'with `--handler fused`: other code stands between the load and the jump',
   'branch-target': 'with `--handler fused`: something branches to the `add` or the `jmp` behind the load',
-  'add-too-long': 'with `--handler fused`: the `add` behind the load does not fit into a block',
+  'another-add': 'with `--handler fused`: what is added behind the load is not the image base to the entry',
   retpoline: 'with `--handler fused`: the kernel has replaced the jump by one that does not speculate',
 };
 

@@ -11,9 +11,9 @@ import {
 } from './agent-dispatcher.js';
 import { encoding, INT3, rex, u32 } from './encoding.js';
 import { type Evacuation, NoEvacuation } from './evacuation.js';
-import type { Patch, Refused, TableLoad } from './plan.js';
+import type { LoadSite, Patch, Refused } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
-import { encodeHeader, SEED_BLOCK_SIZE } from './seed.js';
+import { encodeHeader, SEED_BLOCK_SIZE, SEED_MOST_ENTRIES } from './seed.js';
 
 /** What the sites raise. */
 export const AGENT_VECTOR = 20;
@@ -21,7 +21,7 @@ export const MAX_AGENT_LOADS = 256;
 
 /** A load, and what its table holds. */
 export interface AgentLoad {
-  readonly load: TableLoad;
+  readonly load: LoadSite;
   readonly entries: Uint32Array;
 }
 
@@ -139,7 +139,8 @@ function whyRefused(loads: readonly AgentLoad[]): AgentRefused | undefined {
   const ends = new Set<Gva>();
   for (const { load, entries } of loads) {
     const end = load.gva + BigInt(load.length);
-    const refused = refusalOf(load, entries.length) ?? (ends.has(end) ? 'load-given-twice' : undefined);
+    const refused =
+      refusalOf(load, entries.length, SEED_MOST_ENTRIES) ?? (ends.has(end) ? 'load-given-twice' : undefined);
     if (refused !== undefined) return { refused, load: load.gva };
     ends.add(end);
   }
@@ -153,7 +154,7 @@ function encodeSite(length: number): Buffer {
 }
 
 /** The seed's, with the dispatcher's registers to restore in front, and blocks that end in IRETQ. */
-function encodeHandler(load: TableLoad, entries: Uint32Array, at: Gva): Buffer {
+function encodeHandler(load: LoadSite, entries: Uint32Array, at: Gva): Buffer {
   const dst = encoding(load.dst);
   const blocks = Array.from(entries, (entry) => {
     const block = Buffer.alloc(SEED_BLOCK_SIZE, INT3);

@@ -1,23 +1,39 @@
 import type { Gva } from '../vmi/address.js';
-import { jumpTo, LEA_RELATIVE_LENGTH, leaIndexed, leaRelative, type Scale } from './encoding.js';
+import type { GprName } from '../x86/registers.js';
+import { jumpTo, LEA_RELATIVE_LENGTH, leaIndexed, leaMultiple, leaRelative, type Scale } from './encoding.js';
 import type { IndexSource } from './evacuation.js';
 import { rel32 } from './jump.js';
-import type { TableLoad } from './plan.js';
 
 /** How far apart two blocks are. */
-export type Stride = 8 | 10 | 11 | 12 | 16;
+export type Stride = 2 | 5 | 8 | 10 | 11 | 12 | 16;
+
+/** The registers of a computed jump. */
+export interface JumpRegisters {
+  /** Overwritten by the block's address. */
+  readonly address: GprName;
+  readonly idx: GprName;
+  /** Holds `baseValue`. */
+  readonly base: GprName;
+  readonly baseValue: Gva;
+}
+
+/** One of its instructions, and where idx is before it is executed. */
+export interface JumpStep {
+  readonly code: readonly number[];
+  readonly index: IndexSource;
+}
 
 /** Code that jumps to block number idx; its length is known before its place is. */
 export interface ComputedJump {
   readonly length: number;
   /** The code at `at`, with block 0 at `blocks`; `undefined` when something is more than 2 GB away. */
-  encode(at: Gva, blocks: Gva): Buffer | undefined;
-  /** For each of its instructions, by offset: where idx is before it is executed. */
-  indices(blocks: Gva): ReadonlyMap<number, IndexSource>;
+  steps(at: Gva, blocks: Gva): readonly JumpStep[] | undefined;
 }
 
 /** A multiple of idx, as the sum of what one LEA each can add. */
 const SUMMANDS: Readonly<Record<Stride, readonly Scale[]>> = {
+  2: [2],
+  5: [4, 1],
   8: [8],
   10: [8, 2],
   11: [8, 2, 1],
@@ -27,6 +43,8 @@ const SUMMANDS: Readonly<Record<Stride, readonly Scale[]>> = {
 
 /** A multiple of idx as (1 + `first`) * `second`, or as one factor. */
 const FACTORS: Readonly<Record<Exclude<Stride, 11>, readonly [...Scale[], Scale]>> = {
+  2: [2],
+  5: [4, 1],
   8: [8],
   10: [4, 2],
   12: [2, 4],
@@ -34,71 +52,61 @@ const FACTORS: Readonly<Record<Exclude<Stride, 11>, readonly [...Scale[], Scale]
 };
 
 /**
- * Computes in dst, with LEA alone, so that no flag, no memory and no other register changes.
+ * Computes in `address`, with LEA alone, so that no flag, no memory and no other register changes.
  *
- * The address is computed on top of what base holds; where that is not proven, is dst itself, or the stride is 11, on
- * top of RIP, which takes one LEA more and is not possible where dst is idx.
+ * The address is computed on top of what base holds; where that is the same register, or the stride is 11, on top of
+ * RIP, which takes one LEA more and is not possible where `address` is idx.
  */
-export function computedJump(load: TableLoad, stride: Stride): ComputedJump | undefined {
-  return fromBase(load, stride) ?? fromRip(load, stride);
+export function computedJump(registers: JumpRegisters, stride: Stride): ComputedJump | undefined {
+  return fromBase(registers, stride) ?? fromRip(registers, stride);
 }
 
-/** `lea dst, [rip + blocks]`; `lea dst, [dst + idx*scale]` for each summand; `jmp dst` */
-function fromRip({ dst, idx }: TableLoad, stride: Stride): ComputedJump | undefined {
-  if (dst === idx) return undefined;
-  const additions = SUMMANDS[stride].map((scale) => leaIndexed(dst, dst, idx, scale));
-  const rest = [...additions.flat(), ...jumpTo(dst)];
-  const unchanged = { register: idx, offset: 0n, factor: 1n };
+/** `lea address, [rip + blocks]`; `lea address, [address + idx*scale]` for each summand; `jmp address` */
+function fromRip({ address, idx }: JumpRegisters, stride: Stride): ComputedJump | undefined {
+  if (address === idx) return undefined;
+  const additions = SUMMANDS[stride].map((scale) => leaIndexed(address, address, idx, scale));
+  const rest = [...additions, jumpTo(address)];
   return {
-    length: LEA_RELATIVE_LENGTH + rest.length,
-    encode(at, blocks) {
-      const first = leaRelative(dst, at, blocks);
-      return first && Buffer.from([...first, ...rest]);
-    },
-    indices() {
-      const lengths = [LEA_RELATIVE_LENGTH, ...additions.map((code) => code.length)];
-      return new Map([0, ...ends(lengths)].map((at) => [at, unchanged]));
+    length: LEA_RELATIVE_LENGTH + rest.flat().length,
+    steps(at, blocks) {
+      const first = leaRelative(address, at, blocks);
+      return first && [first, ...rest].map((code) => ({ code, index: itself(idx) }));
     },
   };
 }
 
-/** `lea dst, [idx + idx*scale]` where there are two factors; `lea dst, [base + dst*scale + (blocks - base)]`; `jmp dst` */
-function fromBase({ dst, idx, base, baseValue }: TableLoad, stride: Stride): ComputedJump | undefined {
-  if (baseValue === undefined || base === dst || stride === 11) return undefined;
+/**
+ * `lea address32, [idx + idx*scale]` where there are two factors;
+ * `lea address, [base + address*scale + (blocks - base)]`; `jmp address`
+ */
+function fromBase(
+  { address, idx, base, baseValue }: JumpRegisters,
+  stride: Stride,
+): ComputedJump | undefined {
+  if (base === address || stride === 11) return undefined;
   const factors = FACTORS[stride];
-  const first = factors.slice(0, -1).flatMap((scale) => leaIndexed(dst, idx, idx, scale));
-  const multiple = first.length === 0 ? idx : dst;
-  const code = (displacement: number) =>
-    Buffer.from([
-      ...first,
-      ...leaIndexed(dst, base, multiple, factors.at(-1)!, displacement),
-      ...jumpTo(dst),
-    ]);
+  const last = factors.at(-1)!;
+  // An index is so small that no bit of its multiple is lost in 32.
+  const first = factors.slice(0, -1).map((scale) => leaMultiple(address, idx, scale));
+  const multiple = first.length === 0 ? idx : address;
+  const add = (displacement: number) => leaIndexed(address, base, multiple, last, displacement);
   return {
-    length: code(0).length,
-    encode(_, blocks) {
+    length: [...first.flat(), ...add(0), ...jumpTo(address)].length,
+    steps(_, blocks) {
       const displacement = rel32(baseValue, blocks);
-      return displacement === undefined ? undefined : code(displacement);
-    },
-    indices(blocks) {
-      const unchanged = { register: idx, offset: 0n, factor: 1n };
-      const multiplied = { register: dst, offset: 0n, factor: BigInt(stride / factors.at(-1)!) };
-      const placed = { register: dst, offset: blocks, factor: BigInt(stride) };
-      const jmp = code(0).length - jumpTo(dst).length;
-      return new Map<number, IndexSource>([
-        [0, unchanged],
-        ...(first.length === 0 ? [] : [[first.length, multiplied] as const]),
-        [jmp, placed],
-      ]);
+      if (displacement === undefined) return undefined;
+      const multiplied = { register: address, offset: 0n, factor: BigInt(stride / last) };
+      const placed = { register: address, offset: blocks, factor: BigInt(stride) };
+      const where = (overwritten: IndexSource) => (address === idx ? overwritten : itself(idx));
+      return [
+        ...first.map((code) => ({ code, index: itself(idx) })),
+        { code: add(displacement), index: first.length === 0 ? itself(idx) : where(multiplied) },
+        { code: jumpTo(address), index: where(placed) },
+      ];
     },
   };
 }
 
-/** Where each of some pieces ends, one behind the other. */
-function ends(lengths: readonly number[]): number[] {
-  let end = 0;
-  return lengths.map((length) => {
-    end += length;
-    return end;
-  });
+function itself(idx: GprName): IndexSource {
+  return { register: idx, offset: 0n, factor: 1n };
 }

@@ -5,8 +5,14 @@ import { rel32 } from './jump.js';
 /** Never executed: between blocks that are shorter than their stride. */
 export const INT3 = 0xcc;
 
+const REX_W = 8;
 const LEA = 0x8d;
 const MOV_IMM32 = 0xb8;
+const COMPARE_IMM8 = 0x83;
+const COMPARE_IMM32 = 0x81;
+/** ModRM of a comparison of a register. */
+const COMPARE_EXTENSION = 0xf8;
+const MAX_IMM8 = 127;
 /** In place of a base: nothing but the displacement, relative to the next instruction. */
 const RM_RIP = 5;
 /** A SIB byte follows. */
@@ -25,7 +31,7 @@ export function rex(extend: { r?: boolean; x?: boolean; b?: boolean }): number {
 }
 
 export function rexW(extend: { r?: boolean; x?: boolean; b?: boolean }): number {
-  return rex(extend) | 8;
+  return rex(extend) | REX_W;
 }
 
 export function u32(value: bigint): Buffer {
@@ -56,6 +62,13 @@ export function leaIndexed(
   return b.low === LOW_BITS_OF_RBP ? [...head(1), 0] : head(0);
 }
 
+/** `lea dst32, [idx + idx*scale]`, for a result below 2^32. */
+export function leaMultiple(dst: GprName, idx: GprName, scale: Scale): number[] {
+  const [prefix, ...rest] = leaIndexed(dst, idx, idx, scale);
+  const narrow = prefix! & ~REX_W;
+  return narrow === rex({}) ? rest : [narrow, ...rest];
+}
+
 export const LEA_RELATIVE_LENGTH = 7;
 
 /** `lea dst, [rip + ...]` at `at`; `undefined` when `target` is more than 2 GB away. */
@@ -76,4 +89,22 @@ export function jumpTo(register: GprName): number[] {
 export function movImmediate(register: GprName, value: number): number[] {
   const { low, high } = encoding(register);
   return [...(high ? [rex({ b: true })] : []), MOV_IMM32 | low, ...u32(BigInt(value))];
+}
+
+/** `cmp register, value`: all 64 bits. */
+export function compareTo(register: GprName, value: number): number[] {
+  const { low, high } = encoding(register);
+  const modrm = COMPARE_EXTENSION | low;
+  const head = rexW({ b: high });
+  return value <= MAX_IMM8
+    ? [head, COMPARE_IMM8, modrm, value]
+    : [head, COMPARE_IMM32, modrm, ...u32(BigInt(value))];
+}
+
+export const JUMP_IF_ABOVE_LENGTH = 6;
+
+/** `ja target` at `at`, with 32 bits; `undefined` when `target` is more than 2 GB away. */
+export function jumpIfAbove(at: Gva, target: Gva): number[] | undefined {
+  const displacement = rel32(at + BigInt(JUMP_IF_ABOVE_LENGTH), target);
+  return displacement === undefined ? undefined : [0x0f, 0x87, ...u32(BigInt(displacement))];
 }

@@ -1,25 +1,31 @@
 import type { Gva } from '../vmi/address.js';
 import type { GprName } from '../x86/registers.js';
 
-/** Which entry a handler is about to load: number (`register` - `offset`) / `factor`. */
+/** Which index a handler is used with: number (`register` - `offset`) / `factor`. */
 export interface IndexSource {
   readonly register: GprName;
   readonly offset: bigint;
   readonly factor: bigint;
 }
 
-/** How what is left of a handler can be done without it, from one of its instructions on. */
+/** How a thread leaves a handler that stands at one of its instructions. */
 export interface Exit {
-  /** Where to go on, in the guest's own code. */
+  /** Where it goes on, in the guest's own code: in most cases at the site, to begin anew. */
   readonly rip: Gva;
-  /** What the destination register has to hold there; it holds it already where this is absent. */
-  readonly entry?: number | IndexSource;
+  /** The index, where registers that the replaced code needs may be overwritten and have to be restored. */
+  readonly index?: number | IndexSource;
 }
 
 /** What is known of a stopped thread: of a vCPU every register, of a preempted thread what its trap frame holds. */
 export type StoppedThread = Readonly<Partial<Record<GprName, bigint>>> & { readonly rip: Gva };
 
-/** The registers that change when a thread leaves a handler as if that had run to its end. */
+/** The general-purpose registers that a trap frame of NT holds, besides RSP. */
+export const IN_TRAP_FRAME: ReadonlySet<GprName> = new Set<GprName>([
+  ...(['rax', 'rcx', 'rdx', 'rbp'] as const),
+  ...(['r8', 'r9', 'r10', 'r11'] as const),
+]);
+
+/** The registers that change when a thread leaves a handler. */
 export interface Resumption {
   readonly mustWait?: undefined;
   readonly changes: Readonly<Partial<Record<GprName, bigint>>> & { readonly rip: Gva };
@@ -43,33 +49,51 @@ export interface Evacuation {
   evacuate(thread: StoppedThread): Resumption | MustWait | undefined;
 }
 
-/** Out of a handler that uses no stack and changes no flag, from wherever a thread stands in it. */
+/** Registers that the replaced code reads and that it, or its handler, overwrites. */
+export interface Overwritten {
+  /** The one that holds the index. */
+  readonly idx: GprName | undefined;
+  /** Those that hold the image base. */
+  readonly bases: readonly GprName[];
+  readonly baseValue: bigint;
+}
+
+/**
+ * Out of a handler that uses no stack, from wherever a thread stands in it: back to the site, with what the replaced
+ * code needs in its registers. What it does not need it overwrites anyway, the flags included.
+ */
 export class StacklessEvacuation implements Evacuation {
   /** @param exits by the address of the instruction that is next */
   constructor(
-    private readonly dst: GprName,
-    private readonly entries: Uint32Array,
+    private readonly overwritten: Overwritten,
+    private readonly indices: number,
     private readonly exits: ReadonlyMap<Gva, Exit>,
   ) {}
 
   evacuate(thread: StoppedThread): Resumption | MustWait | undefined {
     const exit = this.exits.get(thread.rip);
     if (exit === undefined) return undefined;
-    const { rip, entry } = exit;
-    if (entry === undefined) return { changes: { rip } };
-    const value = typeof entry === 'number' ? entry : this.#lookUp(entry, thread);
-    if (typeof value === 'object') return value;
-    if (thread[this.dst] === undefined) return { mustWait: 'register-not-in-frame' };
-    return { changes: { rip, [this.dst]: BigInt(value) } };
+    const { rip, index } = exit;
+    if (index === undefined) return { changes: { rip } };
+    const { idx, bases, baseValue } = this.overwritten;
+    const restored: Partial<Record<GprName, bigint>> = {};
+    for (const base of bases) restored[base] = baseValue;
+    if (idx !== undefined) {
+      const value = typeof index === 'number' ? BigInt(index) : this.#lookUp(index, thread);
+      if (typeof value === 'object') return value;
+      restored[idx] = value;
+    }
+    const isInFrame = (Object.keys(restored) as GprName[]).every((name) => thread[name] !== undefined);
+    return isInFrame ? { changes: { ...restored, rip } } : { mustWait: 'register-not-in-frame' };
   }
 
-  #lookUp({ register, offset, factor }: IndexSource, thread: StoppedThread): number | MustWait {
+  #lookUp({ register, offset, factor }: IndexSource, thread: StoppedThread): bigint | MustWait {
     const value = thread[register];
     if (value === undefined) return { mustWait: 'register-not-in-frame' };
     const multiple = value - offset;
     const index = multiple / factor;
-    const isOfTable = multiple % factor === 0n && index >= 0n && index < BigInt(this.entries.length);
-    return isOfTable ? this.entries[Number(index)]! : { mustWait: 'registers-not-of-handler' };
+    const isOfTable = multiple % factor === 0n && index >= 0n && index < BigInt(this.indices);
+    return isOfTable ? index : { mustWait: 'registers-not-of-handler' };
   }
 }
 

@@ -1,53 +1,49 @@
-import type { Gva } from '../vmi/address.js';
-import { computedJump } from './computed-jump.js';
-import { movImmediate } from './encoding.js';
-import { JUMP_LENGTH } from './jump.js';
-import type { HandlerLayout, Refused, TableLoad } from './plan.js';
-import { type LoadRefusal, refusalOf } from './refusal.js';
-import { stridedLayout } from './strided.js';
-
-/** How an entry becomes the address of its case: `add dst, base`, right behind the load and in front of `jmp dst`. */
-export interface Dispatch {
-  readonly add: Uint8Array;
-  /** What the `add` adds to an entry. */
-  readonly imageBase: Gva;
-}
-
-export type FusedRefusal =
-  | LoadRefusal
-  /** dst is idx, and no other register is known to hold an address. */
-  | 'no-register-for-address'
-  /** With what else a block holds, it does not fit. */
-  | 'add-too-long';
-
-const STRIDE = 16;
+import { detour } from './detour.js';
+import { type Packing, shared, spaced } from './packing.js';
+import type { HandlerLayout, Refused } from './plan.js';
+import { type Replaced, replacedSwitch, type WholeSwitch, type WholeSwitchRefusal } from './replaced.js';
 
 /**
- * Lays out the handler that does the whole switch: for every index k below `entries.length` it leaves the registers,
- * flags and RIP that the load, the `add` and the `jmp` would have left, and touches no memory. One indirect branch is
- * left, where the switch had one.
+ * How the blocks stand: `roomy` 16 bytes apart; otherwise shared by indices that lead to the same, with a jump for each
+ * index in front: `spread` 8 bytes apart, `shared` 5 bytes, `short` 2 bytes. The fastest first.
+ */
+export const SWITCH_PACKINGS = ['roomy', 'spread', 'shared', 'short'] as const;
+export type SwitchPacking = (typeof SWITCH_PACKINGS)[number];
+
+export type SwitchRefusal =
+  | WholeSwitchRefusal
+  /** dst is idx, and no other register is known to hold an address. */
+  | 'no-register-for-address'
+  /** The blocks cannot stand like this. */
+  | 'does-not-fit';
+
+/**
+ * Lays out the handler that does the whole switch: for every index it leaves the registers, flags and RIP that the
+ * loads, the `add` and the `jmp` would have left, and touches no memory. One indirect branch is left, where the switch
+ * had one.
  *
- * An index out of range leads anywhere: the caller has proven the bound. Nothing may branch to the `add` or the `jmp`.
+ * An index out of range leads anywhere: the caller has proven the bound.
  */
 export function fusedLayout(
-  load: TableLoad,
-  dispatch: Dispatch,
-  entries: Uint32Array,
-): HandlerLayout | Refused<FusedRefusal> {
-  const refused = refusalOf(load, entries.length);
-  if (refused !== undefined) return { refused };
-  const jump = computedJump(load, STRIDE);
-  if (jump === undefined) return { refused: 'no-register-for-address' };
-  const longest = movImmediate(load.dst, 0).length + dispatch.add.length + JUMP_LENGTH;
-  if (longest > STRIDE) return { refused: 'add-too-long' };
-  const rip = load.gva + BigInt(load.length);
-  const blocks = Array.from(entries, (entry) => ({
-    steps: [
-      { code: movImmediate(load.dst, entry), exit: { rip, entry } },
-      // For the flags, too.
-      { code: [...dispatch.add], exit: { rip } },
-    ],
-    leadsTo: BigInt.asUintN(64, dispatch.imageBase + BigInt(entry)),
-  }));
-  return stridedLayout(load, jump, STRIDE, entries, blocks);
+  whole: WholeSwitch,
+  packing: SwitchPacking,
+): HandlerLayout | Refused<SwitchRefusal> {
+  const replaced = replacedSwitch(whole);
+  if ('refused' in replaced) return replaced;
+  const packed = packSwitch(replaced, packing);
+  return packed === undefined ? { refused: 'does-not-fit' } : detour(replaced, packed);
+}
+
+/** `undefined` where the blocks cannot stand like this. */
+export function packSwitch(replaced: Replaced, packing: SwitchPacking): Packing | undefined {
+  switch (packing) {
+    case 'roomy':
+      return spaced(replaced, 16);
+    case 'spread':
+      return shared(replaced, 8);
+    case 'shared':
+      return shared(replaced, 5);
+    case 'short':
+      return shared(replaced, 2);
+  }
 }

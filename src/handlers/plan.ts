@@ -8,8 +8,8 @@ export interface Patch {
   readonly bytes: Buffer;
 }
 
-/** The table load to replace: `mov dst, [base + idx*scale + disp]`. */
-export interface TableLoad {
+/** A table load to replace: `mov dst, [base + idx*4 + disp]`, or `movzx dst, byte [base + idx + disp]`. */
+export interface LoadSite {
   readonly gva: Gva;
   /** Bytes of the instruction. */
   readonly length: number;
@@ -18,8 +18,8 @@ export interface TableLoad {
   readonly dstBits: 8 | 16 | 32 | 64;
   readonly idx: GprName;
   readonly base: GprName;
-  /** What `base` holds at the load; absent where that is not proven. */
-  readonly baseValue?: Gva;
+  /** What `base` is proven to hold at the load. */
+  readonly baseValue: Gva;
   /** 32 when the instruction has a 67h prefix. */
   readonly addressBits: 32 | 64;
 }

@@ -1,8 +1,9 @@
-import type { FoundSwitch } from '../switches/table.js';
+import type { ByteTable, FoundSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
-import { type Dispatch, type FusedRefusal, fusedLayout } from './fused.js';
+import { fusedLayout, SWITCH_PACKINGS, type SwitchPacking, type SwitchRefusal } from './fused.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
-import type { HandlerLayout, Refused, TableLoad } from './plan.js';
+import type { HandlerLayout, LoadSite, Refused } from './plan.js';
+import type { WholeSwitch } from './replaced.js';
 import { seedLayout } from './seed.js';
 
 /** What lays a handler out. */
@@ -13,19 +14,24 @@ export type Encoder = (typeof ENCODERS)[number];
 export const HANDLER_CHOICES = ['auto', ...ENCODERS] as const;
 export type HandlerChoice = (typeof HANDLER_CHOICES)[number];
 
-/** Why the rest of a switch cannot be done by the load's handler. */
+/** Why the rest of a switch cannot be done by the handler of its first load. */
 type DispatchRefusal =
-  /** Load, `add` and `jmp` do not stand together. */
+  /** Its loads, `add` and `jmp` do not stand together. */
   | 'not-adjacent'
-  /** Something branches to the `add` or the `jmp`, and expects the table's entry in its register. */
+  /** Something branches to one of them behind the first, and expects what the first has loaded. */
   | 'branch-target'
   /** The kernel has replaced the `jmp`; it does not want one. */
   | 'retpoline';
 
-export type HandlerRefusal = LeanRefusal | FusedRefusal | DispatchRefusal | 'jump-out-of-range';
+export type HandlerRefusal = LeanRefusal | SwitchRefusal | DispatchRefusal | 'jump-out-of-range';
 
-/** Room for a generous handler: this many of its size would have to fit into what slack is left. */
-const SPARE_HANDLERS = 32;
+/**
+ * Slack that is kept for the smallest handlers of other switches, in bytes: some sixty of them. Which loads are hot, and
+ * how many, nobody knows before.
+ */
+const KEPT_SLACK = 10_240;
+/** Of what is left besides, a handler may take one part more than the smallest would: the hottest loads come first. */
+const SPENT_PARTS = 16;
 
 /** Operand and address sizes of what the recogniser accepts. */
 const ACCEPTED_BITS = { dstBits: 32, addressBits: 64 } as const;
@@ -48,29 +54,38 @@ export interface Candidate extends Way {
 /** What an encoder says to a switch. */
 export type HandlerPlanning = Candidate | (Way & Refused<HandlerRefusal>);
 
+type Layout = HandlerLayout | Refused<HandlerRefusal>;
+/** One of the loads of a switch, with its table. */
+interface Load {
+  readonly load: LoadSite;
+  readonly entries: readonly number[];
+}
+
 /**
- * What each encoder that may be used says to the load of `proof`, in an image at `imageBase`; those with the fastest
- * handlers first.
+ * What each encoder that may be used says to a switch, in an image at `imageBase`; those with the fastest handlers first.
+ * Of an encoder's packings, one that is as large as a faster one is left out.
  */
 export function planHandlers(
   proof: FoundSwitch,
   imageBase: Gva,
   choice: HandlerChoice,
 ): readonly HandlerPlanning[] {
-  const load = loadOf(proof, imageBase);
-  const entries = Uint32Array.from(proof.values);
-  const lean = (packing: LeanPacking) =>
-    planning({ encoder: 'lean', name: `lean-${packing}` }, leanLayout(load, entries, packing));
-  const dispatch = dispatchOf(proof, imageBase);
-  const all = [
-    planning(
-      { encoder: 'fused', name: 'fused' },
-      'refused' in dispatch ? dispatch : fusedLayout(load, dispatch, entries),
-    ),
-    ...LEAN_PACKINGS.map(lean),
-    planning({ encoder: 'seed', name: 'seed' }, seedLayout(load, entries)),
-  ];
-  return all.filter(({ encoder }) => choice === 'auto' || choice === encoder);
+  const loads = loadsOf(proof, imageBase);
+  const planned: Record<Encoder, () => HandlerPlanning[]> = {
+    fused: () => switchWays('fused', proof, imageBase, fusedLayout),
+    lean: () => leanWays(loads),
+    seed: () => [
+      planning(
+        'seed',
+        'seed',
+        loads.map(({ load, entries }) => seedLayout(load, entries)),
+      ),
+    ],
+  };
+  const fastestFirst = ['fused', 'lean', 'seed'] as const;
+  return fastestFirst
+    .filter((encoder) => choice === 'auto' || choice === encoder)
+    .flatMap((encoder) => planned[encoder]());
 }
 
 /**
@@ -80,32 +95,114 @@ export function planHandlers(
 export function affordable(plans: readonly HandlerPlanning[], freeSlack: number): Candidate[] {
   const candidates = plans.filter(isCandidate);
   const sizes = candidates.filter(({ encoder }) => encoder !== 'seed').map(({ size }) => size);
-  const smallest = Math.min(...sizes);
-  return candidates.filter(
-    ({ encoder, size }) => encoder === 'seed' || size === smallest || size * SPARE_HANDLERS <= freeSlack,
-  );
+  const most = Math.min(...sizes) + Math.max(0, (freeSlack - KEPT_SLACK) / SPENT_PARTS);
+  return candidates.filter(({ encoder, size }) => encoder === 'seed' || size <= most);
 }
 
-/** Why no handler faster than `taken` was taken, by name. */
+/**
+ * Why no handler faster than `taken` was taken, by name.
+ *
+ * @param unreachable those for which there was slack, but too far away
+ */
 export function passedOver(
   plans: readonly HandlerPlanning[],
   taken: Candidate,
+  unreachable: readonly HandlerPlanning[] = [],
 ): Record<string, HandlerRefusal | 'too-little-slack'> {
   const faster = plans.slice(0, plans.indexOf(taken));
-  return Object.fromEntries(faster.map(({ name, refused }) => [name, refused ?? 'too-little-slack']));
+  const reason = (plan: HandlerPlanning) =>
+    plan.refused ?? (unreachable.includes(plan) ? 'jump-out-of-range' : 'too-little-slack');
+  return Object.fromEntries(faster.map((plan) => [plan.name, reason(plan)]));
 }
 
 function isCandidate(plan: HandlerPlanning): plan is Candidate {
   return plan.refused === undefined;
 }
 
-function planning(way: Way, layout: HandlerLayout | Refused<HandlerRefusal>): HandlerPlanning {
-  return layout.refused === undefined
-    ? { ...way, parts: [layout], size: layout.size }
-    : { ...way, refused: layout.refused };
+function planning(encoder: Encoder, name: string, parts: readonly Layout[]): HandlerPlanning {
+  const layouts: HandlerLayout[] = [];
+  for (const part of parts) {
+    if (part.refused !== undefined) return { encoder, name, refused: part.refused };
+    layouts.push(part);
+  }
+  return { encoder, name, parts: layouts, size: layouts.reduce((sum, { size }) => sum + size, 0) };
 }
 
-function loadOf({ rva, length, destination, index, base }: FoundSwitch, imageBase: Gva): TableLoad {
+/** Without those that are no smaller than a faster one. */
+function worthwhile(plans: readonly HandlerPlanning[]): HandlerPlanning[] {
+  let smallest = Number.POSITIVE_INFINITY;
+  return plans.filter((plan) => {
+    if (plan.refused !== undefined) return true;
+    if (plan.size >= smallest) return false;
+    smallest = plan.size;
+    return true;
+  });
+}
+
+/** A handler for each load. */
+function leanWays(loads: readonly Load[]): HandlerPlanning[] {
+  return worthwhile(
+    LEAN_PACKINGS.map((packing) => {
+      const parts = loads.map((load) => leanPart(load, packing, loads.length > 1));
+      return planning('lean', `lean-${packing}`, parts);
+    }),
+  );
+}
+
+/**
+ * @param orElse takes the smallest that is possible where that packing is not: the other load of the switch may have it
+ */
+function leanPart({ load, entries }: Load, packing: LeanPacking, orElse: boolean): Layout {
+  const layout = leanLayout(load, entries, packing);
+  if (layout.refused !== 'too-many-entries-for-short-jumps' || !orElse) return layout;
+  return smallest(LEAN_PACKINGS.map((each) => leanLayout(load, entries, each)));
+}
+
+function smallest(layouts: readonly Layout[]): Layout {
+  const sizeOf = (layout: Layout) => (layout.refused === undefined ? layout.size : Number.POSITIVE_INFINITY);
+  return layouts.reduce((best, layout) => (sizeOf(layout) < sizeOf(best) ? layout : best));
+}
+
+/** One handler for all of a switch; or, where the byte load stands apart, one for that and one for the rest. */
+function switchWays(
+  encoder: Encoder,
+  proof: FoundSwitch,
+  imageBase: Gva,
+  layOut: (whole: WholeSwitch, packing: SwitchPacking) => Layout,
+): HandlerPlanning[] {
+  const { byteTable } = proof;
+  const whole = wholeSwitch(proof, byteTable, imageBase);
+  const rest =
+    'refused' in whole && byteTable !== undefined ? wholeSwitch(proof, undefined, imageBase) : whole;
+  if ('refused' in rest) return [{ encoder, name: encoder, refused: rest.refused }];
+  const apart = rest === whole ? [] : [byteTable!];
+  const ways = SWITCH_PACKINGS.map((packing) => {
+    const before = apart.map((table) => smallestLean(byteLoadOf(table, imageBase)));
+    return planning(encoder, `${encoder}-${packing}`, [...before, layOut(rest, packing)]);
+  });
+  const possible = worthwhile(ways).filter(isCandidate);
+  if (possible.length === 0) return [{ ...ways.at(-1)!, name: encoder }];
+  return possible.map((way, at) => (at === 0 ? { ...way, name: encoder } : way));
+}
+
+function smallestLean({ load, entries }: Load): Layout {
+  return smallest(LEAN_PACKINGS.map((packing) => leanLayout(load, entries, packing)));
+}
+
+function loadsOf(proof: FoundSwitch, imageBase: Gva): Load[] {
+  const { byteTable, values } = proof;
+  const load = { load: loadOf(proof, imageBase), entries: values };
+  return byteTable === undefined ? [load] : [byteLoadOf(byteTable, imageBase), load];
+}
+
+function byteLoadOf(byteTable: ByteTable, imageBase: Gva): Load {
+  return { load: loadOf(byteTable, imageBase), entries: byteTable.values };
+}
+
+function loadOf(
+  { rva, length, destination, index, base }: FoundSwitch | ByteTable,
+  imageBase: Gva,
+): LoadSite {
   return {
     gva: imageBase + BigInt(rva),
     length,
@@ -117,12 +214,29 @@ function loadOf({ rva, length, destination, index, base }: FoundSwitch, imageBas
   };
 }
 
-function dispatchOf(
-  { add, jmp, adjacent }: FoundSwitch,
+/** The switch from `byteTable`'s load on, or from the dword load on without one. */
+function wholeSwitch(
+  proof: FoundSwitch,
+  byteTable: ByteTable | undefined,
   imageBase: Gva,
-): Dispatch | Refused<DispatchRefusal> {
-  if (!adjacent) return { refused: 'not-adjacent' };
-  if (add.isBranchTarget || jmp.isBranchTarget) return { refused: 'branch-target' };
+): WholeSwitch | Refused<DispatchRefusal> {
+  const { rva, isBranchTarget, index, values, add, jmp, adjacent, liveAtCases } = proof;
+  const leadsToLoad =
+    byteTable === undefined || (byteTable.rva + byteTable.length === rva && byteTable.destination === index);
+  if (!adjacent || !leadsToLoad) return { refused: 'not-adjacent' };
+  const behind = [
+    ...(byteTable === undefined ? [] : [isBranchTarget]),
+    add.isBranchTarget,
+    jmp.isBranchTarget,
+  ];
+  if (behind.includes(true)) return { refused: 'branch-target' };
   if (jmp.retpoline) return { refused: 'retpoline' };
-  return { add: add.bytes, imageBase };
+  return {
+    load: loadOf(proof, imageBase),
+    entries: values,
+    ...(byteTable && { byteLoad: byteLoadOf(byteTable, imageBase) }),
+    add: add.bytes,
+    jmpLength: jmp.length,
+    liveAt: (entry) => liveAtCases.get(entry),
+  };
 }

@@ -1,5 +1,5 @@
 import { JUMP_LENGTH } from './jump.js';
-import type { TableLoad } from './plan.js';
+import type { LoadSite } from './plan.js';
 
 /** Why no handler can replace a load, whatever its layout. */
 export type LoadRefusal =
@@ -12,9 +12,11 @@ export type LoadRefusal =
   | 'no-entries'
   | 'too-many-entries';
 
-export const MAX_ENTRIES = 256;
+/** As many as the recogniser believes a table to have. */
+export const MAX_ENTRIES = 8192;
 
-export function refusalOf(load: TableLoad, entries: number): LoadRefusal | undefined {
+/** @param most as many entries as a handler can have */
+export function refusalOf(load: LoadSite, entries: number, most = MAX_ENTRIES): LoadRefusal | undefined {
   if (load.length < JUMP_LENGTH) return 'site-too-short';
   if (load.addressBits !== 64) return 'address-size-prefix';
   if (load.dstBits !== 32) return 'destination-not-32-bit';
@@ -23,6 +25,6 @@ export function refusalOf(load: TableLoad, entries: number): LoadRefusal | undef
   // A table on the stack is not a switch table.
   if (load.base === 'rsp') return 'base-is-rsp';
   if (entries === 0) return 'no-entries';
-  if (entries > MAX_ENTRIES) return 'too-many-entries';
+  if (entries > most) return 'too-many-entries';
   return undefined;
 }

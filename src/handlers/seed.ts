@@ -3,13 +3,15 @@ import type { GprName } from '../x86/registers.js';
 import { encoding, rex, rexW, u32 } from './encoding.js';
 import { NoEvacuation } from './evacuation.js';
 import { encodeJump, JUMP_LENGTH } from './jump.js';
-import type { HandlerLayout, Refused, TableLoad } from './plan.js';
+import type { HandlerLayout, LoadSite, Refused } from './plan.js';
 import { type LoadRefusal, refusalOf } from './refusal.js';
 
 /** Bytes in front of the first block, for every choice of registers. */
 export const SEED_HEADER_SIZE = 47;
 /** `mov dst, imm32` and `jmp back`, for every choice of registers. */
 export const SEED_BLOCK_SIZE = 11;
+/** As many as the layout's documentation allows. */
+export const SEED_MOST_ENTRIES = 256;
 /** What the handler overwrites below RSP: the saved flags, the target, the saved index. */
 export const SEED_STACK_BYTES = 24;
 
@@ -20,8 +22,8 @@ export const SEED_STACK_BYTES = 24;
  * An index out of range leads anywhere: the caller has proven the bound. The load may be of one byte too
  * (`movzx r32, byte [...]`), with the table's bytes as entries.
  */
-export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout | Refused<LoadRefusal> {
-  const refused = refusalOf(load, entries.length);
+export function seedLayout(load: LoadSite, entries: ArrayLike<number>): HandlerLayout | Refused<LoadRefusal> {
+  const refused = refusalOf(load, entries.length, SEED_MOST_ENTRIES);
   if (refused !== undefined) return { refused };
   const back = load.gva + BigInt(load.length);
   const size = SEED_HEADER_SIZE + entries.length * SEED_BLOCK_SIZE;
@@ -47,7 +49,7 @@ export function seedLayout(load: TableLoad, entries: Uint32Array): HandlerLayout
  * Computes the block's address on the stack, so that no register but dst is changed and none is needed.
  * A REX prefix stands everywhere, even where it says nothing: the size is the same for all registers.
  */
-export function encodeHeader(load: TableLoad, handler: Gva): Buffer {
+export function encodeHeader(load: LoadSite, handler: Gva): Buffer {
   const dst = encoding(load.dst);
   const idx = encoding(load.idx);
   const blocks = handler + BigInt(SEED_HEADER_SIZE);
@@ -75,10 +77,15 @@ export function encodeHeader(load: TableLoad, handler: Gva): Buffer {
   ]);
 }
 
-function encodeBlocks(dstName: GprName, entries: Uint32Array, first: Gva, back: Gva): Buffer | undefined {
+function encodeBlocks(
+  dstName: GprName,
+  entries: ArrayLike<number>,
+  first: Gva,
+  back: Gva,
+): Buffer | undefined {
   const dst = encoding(dstName);
   const bytes = Buffer.alloc(entries.length * SEED_BLOCK_SIZE);
-  for (const [k, entry] of entries.entries()) {
+  for (const [k, entry] of Array.from(entries).entries()) {
     const at = k * SEED_BLOCK_SIZE;
     const jumpAt = at + SEED_BLOCK_SIZE - JUMP_LENGTH;
     const jump = encodeJump(first + BigInt(jumpAt), back);

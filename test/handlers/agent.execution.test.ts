@@ -1,7 +1,7 @@
 import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
 import { AGENT_VECTOR, type AgentRegion, agentRegion } from '../../src/handlers/agent.js';
-import type { Patch, TableLoad } from '../../src/handlers/plan.js';
+import type { LoadSite, Patch } from '../../src/handlers/plan.js';
 import type { Gva } from '../../src/vmi/address.js';
 import { GPR_NAMES, type GprName } from '../../src/x86/registers.js';
 import { createFlatMachine, hexBytes, KERNEL_BASE, setGate } from '../machine/support.js';
@@ -50,7 +50,7 @@ const low = arenaAt(0n);
 interface Prepared {
   readonly arena: Arena;
   readonly original: Buffer;
-  readonly load: TableLoad;
+  readonly load: LoadSite;
   readonly state: CpuState;
 }
 
@@ -68,9 +68,10 @@ function prepare({ dst, idx, base, index, entries, start }: Case, site = SITES):
   const tableAt = arena.start + TABLE;
   const displacement = base === idx ? Number(tableAt) - index : start.displacement;
   const original = encodeLoad({ dst, idx, base }, displacement);
+  const baseValue = BigInt.asUintN(64, tableAt - BigInt(displacement));
   const state = {
     ...(Object.fromEntries(GPR_NAMES.map((name, i) => [name, start.values[i]!])) as Record<GprName, bigint>),
-    [base]: BigInt.asUintN(64, tableAt - BigInt(displacement)),
+    [base]: baseValue,
     [idx]: BigInt(index),
     rsp: arena.start + STACK + (start.rsp % (STACK_SIZE / 2n)) + STACK_SIZE / 2n,
     rip: gva,
@@ -78,11 +79,11 @@ function prepare({ dst, idx, base, index, entries, start }: Case, site = SITES):
   };
   arena.write(tableAt, new Uint8Array(entries.buffer, entries.byteOffset, entries.byteLength));
   arena.write(gva, original);
-  const registers = { dst, idx, base, dstBits: 32, addressBits: 64 } as const;
+  const registers = { dst, idx, base, baseValue, dstBits: 32, addressBits: 64 } as const;
   return { arena, original, load: { gva, length: original.length, ...registers }, state };
 }
 
-function laidOut(cases: readonly { load: TableLoad; entries: Uint32Array }[], chain?: Gva): AgentRegion {
+function laidOut(cases: readonly { load: LoadSite; entries: Uint32Array }[], chain?: Gva): AgentRegion {
   const gva = cases[0]!.load.gva - SITES + REGION;
   const region = agentRegion(cases, { gva, size: REGION_SIZE }, chain);
   if (region.refused !== undefined) throw new Error(`refused: ${region.refused}`);

@@ -49,7 +49,7 @@ export class Arena {
 
   /** Runs until RIP is `end`, and fails if that takes more instructions than `limit`. */
   runTo(end: Gva, limit: number): void {
-    for (let count = 0; this.state().rip !== end; count++) {
+    for (let count = 0; this.machine.registers(0).rip !== end; count++) {
       if (count === limit) throw new Error(`${hex(end)} was not reached; RIP is ${hex(this.state().rip)}`);
       this.step(1);
     }

@@ -1,10 +1,11 @@
-// Runs the handler of a load, and the load itself, from the same state.
+// Runs a handler, and the code that it stands in for, from the same state.
 import fc from 'fast-check';
 import { expect } from 'vitest';
-import type { Dispatch } from '../../src/handlers/fused.js';
-import type { HandlerLayout, HandlerPlan, Refused, TableLoad } from '../../src/handlers/plan.js';
+import type { StoppedThread } from '../../src/handlers/evacuation.js';
+import type { HandlerLayout, HandlerPlan, LoadSite, Refused } from '../../src/handlers/plan.js';
+import type { WholeSwitch } from '../../src/handlers/replaced.js';
+import type { Liveness } from '../../src/switches/liveness.js';
 import type { Gva } from '../../src/vmi/address.js';
-import { Disassembler, FlowControl, Mnemonic } from '../../src/x86/instruction.js';
 import { GPR_NAMES, type GprName } from '../../src/x86/registers.js';
 import { createFlatMachine, hexBytes, KERNEL_BASE, setGate } from '../machine/support.js';
 import { Arena, type CpuState, differences } from './arena.js';
@@ -16,11 +17,14 @@ const ARENA_SIZE = 0x8000;
 const SITE = 0x123n;
 const HANDLER = 0x1456n;
 const TABLE = 0x5000n;
+const BYTE_TABLE = 0x5800n;
 const STACK = 0x6000n;
 const STACK_SIZE = 0x1000n;
 const ISR = 0x7000n;
 
 const ISR_VECTOR = 0x41;
+/** More instructions than any handler executes. */
+const MOST_INSTRUCTIONS = 24;
 /** How far from the table the cases lie. */
 const CASES_SIZE = 0x10_0000;
 
@@ -49,15 +53,16 @@ export const STARTS = fc.sample(start, { seed: 1, numRuns: 50 });
 
 export interface Case {
   readonly dst: GprName;
+  /** Of the dword load. */
   readonly idx: GprName;
   readonly base: GprName;
   readonly entries: Uint32Array;
+  /** Of the two-level form: the load in front that brings `idx`. */
+  readonly byte?: { readonly idx: GprName; readonly values: Uint8Array };
+  /** What the first load is executed with. */
   readonly index: number;
   readonly start: (typeof STARTS)[number];
 }
-
-/** False for the only choice that leaves no register for an address without a stack. */
-export const hasAddressRegister = ({ dst, idx, base }: Case): boolean => dst !== idx || dst !== base;
 
 /** dst and idx, for tables that are too large to try with every pair. */
 export const SOME_PAIRS = [
@@ -69,39 +74,65 @@ export const SOME_PAIRS = [
   ['r9', 'rdx'],
 ] as const;
 
+/** What comes in a trap frame, as far as it is the same for every register that a handler may use. */
+const TRAP_FRAME = ['rax', 'rcx', 'rdx', 'rbp', 'r8', 'r9', 'r10', 'r11', 'rip', 'rsp'] as const;
+
+export function isInFrame(name: GprName): boolean {
+  return (TRAP_FRAME as readonly string[]).includes(name);
+}
+
+function number(name: GprName): number {
+  return GPR_NAMES.indexOf(name);
+}
+
+/** An operand `[base + idx*scale + displacement]`, with a register beside it. */
+function encodeMemory(
+  opcode: readonly number[],
+  reg: GprName,
+  { idx, base }: { readonly idx: GprName; readonly base: GprName },
+  scaleBits: number,
+  displacement: number,
+): Buffer {
+  const [r, x, b] = [number(reg), number(idx), number(base)];
+  const rex = 0x40 | ((r >> 3) << 2) | ((x >> 3) << 1) | (b >> 3);
+  const sib = (scaleBits << 6) | ((x & 7) << 3) | (b & 7);
+  const disp = Buffer.alloc(4);
+  disp.writeInt32LE(displacement);
+  return Buffer.from([...(rex === 0x40 ? [] : [rex]), ...opcode, 0x84 | ((r & 7) << 3), sib, ...disp]);
+}
+
 /** mov dst, dword ptr [base + idx*4 + displacement] */
 export function encodeLoad(
   { dst, idx, base }: Pick<Case, 'dst' | 'idx' | 'base'>,
   displacement: number,
 ): Buffer {
-  const [d, x, b] = [dst, idx, base].map((name) => GPR_NAMES.indexOf(name)) as [number, number, number];
-  const rex = 0x40 | ((d >> 3) << 2) | ((x >> 3) << 1) | (b >> 3);
-  const load = Buffer.from([0x8b, 0x84 | ((d & 7) << 3), 0x80 | ((x & 7) << 3) | (b & 7), 0, 0, 0, 0]);
-  load.writeInt32LE(displacement, 3);
-  return rex === 0x40 ? load : Buffer.concat([Buffer.of(rex), load]);
+  return encodeMemory([0x8b], dst, { idx, base }, 2, displacement);
+}
+
+/** The code of a case, and what an encoder is told of it. */
+export interface GuestCode {
+  readonly load: LoadSite;
+  readonly entries: Uint32Array;
+  readonly whole: WholeSwitch;
+  /** Bytes of the first load. */
+  readonly firstLoad: Buffer;
 }
 
 export interface Prepared {
   readonly test: Case;
   readonly arena: Arena;
-  /** What the handler takes the place of. */
+  /** The whole switch. */
   readonly original: Buffer;
   readonly plan: HandlerPlan;
   readonly state: CpuState;
 }
 
-export type LayOut = (
-  load: TableLoad,
-  entries: Uint32Array,
-  dispatch: Dispatch,
-) => HandlerLayout | Refused<string>;
-
 export interface Form {
-  readonly layOut: LayOut;
-  /** How many instructions of a block are executed. */
-  readonly blockInstructions: number;
-  /** The handler does not return behind the load, but goes where the `add` and the `jmp` behind it would have gone. */
-  readonly toCase?: boolean;
+  layOut(code: GuestCode): HandlerLayout | Refused<string>;
+  /** What the handler stands in for: where it ends is compared. */
+  readonly replaces: 'load' | 'switch';
+  /** What the code at a case needs. */
+  readonly live?: Liveness;
   /** What the handler may leave in the arena, given what was there; without it, no change at all. */
   memoryAfter?(before: Buffer, prepared: Prepared): Buffer;
 }
@@ -119,7 +150,14 @@ export class HandlerRuns {
     this.#machine.close();
   }
 
-  /** Compares the handler with the load; returns what differs. */
+  /** Why there is no handler for this case. */
+  refusal(test: Case): string | undefined {
+    return this.form.layOut(this.#guestCode(test).code).refused;
+  }
+
+  isPossible = (test: Case): boolean => this.refusal(test) === undefined;
+
+  /** Compares the handler with what it stands in for; returns what differs. */
   compare = (test: Case): string[] => {
     const prepared = this.prepare(test);
     const { arena, plan, state } = prepared;
@@ -127,8 +165,8 @@ export class HandlerRuns {
     arena.write(plan.site.gva, plan.site.bytes);
     const before = arena.memory();
     arena.enter(state);
-    arena.step(this.instructionsOf(plan));
-    const wrong = differences(original.after, arena.state());
+    arena.runTo(original.after.rip, MOST_INSTRUCTIONS);
+    const wrong = this.#differences(original.after, arena.state());
     const expected = this.form.memoryAfter?.(before, prepared) ?? before;
     if (!arena.memory().equals(expected)) wrong.push('memory');
     return wrong;
@@ -142,15 +180,13 @@ export class HandlerRuns {
     arena.write(plan.site.gva, plan.site.bytes);
     arena.enter(state);
     const wrong: string[] = [];
-    const handlerEnd = plan.handler.gva + BigInt(plan.handler.bytes.length);
-    for (let step = 0; step < this.instructionsOf(plan); step++) {
+    for (let step = 0; arena.state().rip !== original.after.rip; step++) {
       interrupt(arena, step);
       const { rip } = arena.state();
-      if (step > 0 && (rip < plan.handler.gva || rip >= handlerEnd))
-        wrong.push(`RIP outside at step ${step}`);
+      if (!contains(plan.handler, rip) && !contains(plan.site, rip)) return [`RIP outside at step ${step}`];
       arena.step(1);
     }
-    wrong.push(...differences(original.after, arena.state()));
+    wrong.push(...this.#differences(original.after, arena.state()));
     const top = Number(state.rsp - arena.start);
     const stackEnd = Number(STACK + STACK_SIZE);
     const above = (memory: Buffer) => memory.subarray(top, stackEnd);
@@ -180,105 +216,132 @@ export class HandlerRuns {
     return missed === 0 ? wrong : [...wrong, `${missed} interrupts not taken`];
   }
 
-  /** Takes the vCPU out of the handler before each of its instructions; returns what differs in the end. */
+  /** Takes a vCPU, and a thread, out of the handler before each of its instructions; returns what differs in the end. */
   compareEvacuated = (test: Case): string[] => {
     const prepared = this.prepare(test);
     const { arena, plan, state, original: code } = prepared;
     const original = this.#runOriginal(prepared);
     const wrong: string[] = [];
     // At the site itself it is not inside yet.
-    for (let step = 1; step < this.instructionsOf(plan); step++) {
+    for (let step = 1; ; step++) {
       arena.write(plan.site.gva, plan.site.bytes);
       arena.enter(state);
       arena.step(step);
-      arena.write(state.rip, code);
       const registers = this.#machine.registers(0);
-      const resumption = plan.evacuation.evacuate(registers);
-      if (resumption === undefined || resumption.mustWait) {
-        wrong.push(`not possible at step ${step}`);
-        continue;
+      if (registers.rip === original.after.rip) return step === 1 ? ['never inside'] : wrong;
+      arena.write(state.rip, code);
+      const inFrame: StoppedThread = {
+        rip: registers.rip,
+        ...Object.fromEntries(TRAP_FRAME.map((name) => [name, registers[name]])),
+      };
+      for (const known of [registers, inFrame]) {
+        const resumption = plan.evacuation.evacuate(known);
+        if (resumption === undefined || resumption.mustWait) {
+          wrong.push(`not possible at step ${step}`);
+          continue;
+        }
+        const lost = Object.keys(resumption.changes).filter((name) => !(name in known));
+        if (lost.length > 0) wrong.push(`${lost} cannot be set at step ${step}`);
+        this.#machine.setRegisters(0, { ...registers, ...resumption.changes });
+        arena.runTo(original.after.rip, MOST_INSTRUCTIONS);
+        // Whatever is not needed: it goes through the guest's own code.
+        wrong.push(...differences(original.after, arena.state()).map((what) => `${what} at step ${step}`));
+        if (!arena.memory().equals(original.memory)) wrong.push(`memory at step ${step}`);
       }
-      this.#machine.setRegisters(0, { ...registers, ...resumption.changes });
-      arena.runTo(original.after.rip, 2);
-      wrong.push(...differences(original.after, arena.state()));
-      if (!arena.memory().equals(original.memory)) wrong.push(`memory at step ${step}`);
     }
-    return wrong;
   };
 
-  /** How many instructions the handler runs, with the jump at its site. */
-  instructionsOf(plan: HandlerPlan): number {
-    const code = new Disassembler(plan.handler.bytes, plan.handler.gva);
-    try {
-      let count = 1;
-      for (let at = 0; ; count++) {
-        const instruction = code.at(at)!;
-        // Padding in front, which the site jumps over.
-        if (instruction.mnemonic === Mnemonic.Int3) count--;
-        if (instruction.flow === FlowControl.IndirectBranch) return 1 + count + this.form.blockInstructions;
-        at += instruction.length;
-      }
-    } finally {
-      code.free();
-    }
+  prepare(test: Case): Prepared {
+    const { arena, code, original, state, tables } = this.#guestCode(test);
+    const plan = placed(this.form.layOut(code), arena.start + HANDLER);
+    for (const { gva, bytes } of tables) arena.write(gva, bytes);
+    arena.write(plan.handler.gva, plan.handler.bytes);
+    return { test, arena, original, plan, state };
   }
 
-  prepare(test: Case): Prepared {
-    const { dst, idx, base, index } = test;
+  #guestCode(test: Case) {
+    const { dst, idx, base, byte, index } = test;
     const { values, flags, rsp } = test.start;
     const arena = base === idx ? this.#lowArena : this.#arena;
     const gva = arena.start + SITE;
     const table = arena.start + TABLE;
     const disp = this.#displacement(test, table);
     const baseValue = BigInt.asUintN(64, table - BigInt(disp));
+    const firstIdx = byte?.idx ?? idx;
     // What is added, where the load overwrites the base.
-    const addend = dst === base ? USABLE.find((name) => name !== dst && name !== idx)! : base;
+    const addend = dst === base ? USABLE.find((name) => ![dst, idx, firstIdx].includes(name))! : base;
     const state = {
       ...(Object.fromEntries(GPR_NAMES.map((name, i) => [name, values[i]!])) as Record<GprName, bigint>),
-      ...(this.form.toCase && { [addend]: baseValue }),
+      ...(this.form.replaces === 'switch' && { [addend]: baseValue }),
       [base]: baseValue,
-      [idx]: BigInt(index),
+      [firstIdx]: BigInt(index),
       rsp: arena.start + rsp,
       rip: gva,
       rflags: flags,
     };
     // Cases near the table, where a jump can go.
-    const entries = this.form.toCase
-      ? test.entries.map((entry) => disp + (entry % CASES_SIZE))
-      : test.entries;
-    const load = encodeLoad({ dst, idx, base }, disp);
-    const add = encodeAdd(dst, addend);
-    const jmp = encodeJumpTo(dst);
-    const site = {
-      gva,
-      length: load.length,
-      dst,
-      dstBits: 32,
-      idx,
-      base,
-      baseValue,
-      addressBits: 64,
-    } as const;
-    const dispatch = { add, imageBase: baseValue };
-    const plan = placed(this.form.layOut(site, entries, dispatch), arena.start + HANDLER);
-    arena.write(table, new Uint8Array(entries.buffer, entries.byteOffset, entries.byteLength));
-    arena.write(plan.handler.gva, plan.handler.bytes);
-    const original = this.form.toCase ? Buffer.concat([load, add, jmp]) : load;
-    return { test, arena, original, plan, state };
+    const entries =
+      this.form.replaces === 'switch'
+        ? test.entries.map((entry) => disp + (entry % CASES_SIZE))
+        : test.entries;
+    const movzx = [0x0f, 0xb6];
+    const byteDisp = disp + Number(BYTE_TABLE - TABLE);
+    const byteLoad =
+      byte === undefined ? Buffer.of() : encodeMemory(movzx, idx, { idx: byte.idx, base }, 0, byteDisp);
+    const load = encodeLoad(test, disp);
+    const [add, jmp] = [encodeAdd(dst, addend), encodeJumpTo(dst)];
+    const site = (at: Gva, bytes: Buffer, to: GprName, by: GprName): LoadSite => ({
+      ...{ gva: at, length: bytes.length, dst: to, idx: by },
+      ...{ dstBits: 32, base, baseValue, addressBits: 64 },
+    });
+    const dwordSite = site(gva + BigInt(byteLoad.length), load, dst, idx);
+    const code: GuestCode = {
+      load: dwordSite,
+      entries,
+      firstLoad: byte === undefined ? load : byteLoad,
+      whole: {
+        load: dwordSite,
+        entries,
+        ...(byte && { byteLoad: { load: site(gva, byteLoad, idx, byte.idx), entries: byte.values } }),
+        add,
+        jmpLength: jmp.length,
+        liveAt: () => this.form.live,
+      },
+    };
+    const tables = [
+      { gva: table, bytes: new Uint8Array(entries.buffer, entries.byteOffset, entries.byteLength) },
+      { gva: arena.start + BYTE_TABLE, bytes: byte?.values ?? Buffer.of() },
+    ];
+    return { arena, code, state, tables, original: Buffer.concat([byteLoad, load, add, jmp]) };
   }
 
   #displacement({ base, idx, index, start: { displacement } }: Case, table: Gva): number {
     if (base === idx) return Number(table) - index;
     // An image begins below its cases.
-    return this.form.toCase ? Math.abs(displacement) : displacement;
+    return this.form.replaces === 'switch' ? Math.abs(displacement) : displacement;
   }
 
-  #runOriginal({ arena, original, state }: Prepared): { after: CpuState; memory: Buffer } {
+  #runOriginal({ arena, original, state, test }: Prepared): { after: CpuState; memory: Buffer } {
     arena.write(state.rip, original);
     arena.enter(state);
-    arena.step(this.form.toCase ? 3 : 1);
+    if (this.form.replaces === 'load') arena.step(1);
+    else arena.step(test.byte === undefined ? 3 : 4);
     return { after: arena.state(), memory: arena.memory() };
   }
+
+  /** Of what the code that comes next needs. */
+  #differences(before: CpuState, after: CpuState): string[] {
+    const { live } = this.form;
+    if (live === undefined) return differences(before, after);
+    const state = { ...after };
+    for (const name of GPR_NAMES) if (!live.registers.has(name)) state[name] = before[name];
+    if (!live.flags) state.rflags = before.rflags;
+    return differences(before, state);
+  }
+}
+
+function contains({ gva, bytes }: { readonly gva: Gva; readonly bytes: Buffer }, rip: Gva): boolean {
+  return rip >= gva && rip < gva + BigInt(bytes.length);
 }
 
 /** add dst, source */
@@ -301,33 +364,43 @@ function placed(layout: HandlerLayout | Refused<string>, handler: Gva): HandlerP
   return plan;
 }
 
-const describeCase = ({ dst, idx, base, index, entries }: Case) =>
-  `dst ${dst}, idx ${idx}, base ${base}, entry ${index} of ${entries.length}`;
+const describeCase = ({ dst, idx, base, index, entries, byte }: Case) =>
+  `dst ${dst}, idx ${idx}, base ${base}, ${byte && `byte idx ${byte.idx}, `}index ${index} of ${entries.length}`;
 
 /** Runs all cases and expects that none of them differs. */
 export function expectNoDifference(cases: Iterable<Case>, differ: (test: Case) => string[]): void {
+  let count = 0;
   for (const test of cases) {
     const wrong = differ(test);
     if (wrong.length > 0) expect.fail(`${describeCase(test)}: ${wrong.join(', ')}`);
+    count++;
   }
+  expect(count).toBeGreaterThan(0);
 }
 
 export function table(size: number): Uint32Array {
   return Uint32Array.from({ length: size }, (_, i) => (0x9e37_79b9 * (i + 1)) >>> 0);
 }
 
-export function* everyChoice(): Generator<Case> {
+/** One for each way in which an encoding or a calling convention treats registers. */
+const KINDS = ['rax', 'rdx', 'rbx', 'rbp', 'r8', 'r12', 'r13'] as const;
+const FEW_ENTRIES = 5;
+
+export function* everyChoice(registers: readonly GprName[] = USABLE): Generator<Case> {
+  const entries = table(FEW_ENTRIES);
   let n = 0;
-  for (const dst of USABLE) {
-    for (const idx of USABLE) {
-      for (const base of USABLE) {
-        const entries = table(16);
+  for (const dst of registers) {
+    for (const idx of registers) {
+      for (const base of registers) {
         yield { dst, idx, base, entries, index: n % entries.length, start: STARTS[n % STARTS.length]! };
         n++;
       }
     }
   }
 }
+
+/** Every choice among registers of each kind. */
+export const everyKind = (): Generator<Case> => everyChoice(KINDS);
 
 export function* everyIndex(
   sizes: readonly number[],
@@ -362,3 +435,71 @@ export function overwriteBelowStack(arena: Arena): void {
 }
 
 export const everyPair = USABLE.flatMap((dst) => USABLE.map((idx) => [dst, idx] as const));
+export const everyPairOfKinds = KINDS.flatMap((dst) => KINDS.map((idx) => [dst, idx] as const));
+
+/** As a byte table is: most indices lead to the same. */
+function byteTable(size: number, values: number): Uint8Array {
+  return Uint8Array.from({ length: size }, (_, i) => (i % 3 === 0 ? (i * 7) % values : 0));
+}
+
+export function* everyTwoLevelKind(): Generator<Case> {
+  const [entries, values] = [table(FEW_ENTRIES), byteTable(20, FEW_ENTRIES)];
+  let n = 0;
+  for (const dst of KINDS) {
+    for (const idx of KINDS) {
+      for (const byteIdx of KINDS) {
+        for (const base of KINDS.filter((name) => name !== idx && name !== byteIdx)) {
+          const start = STARTS[n % STARTS.length]!;
+          yield { dst, idx, base, entries, byte: { idx: byteIdx, values }, index: n % values.length, start };
+          n++;
+        }
+      }
+    }
+  }
+}
+
+/** Every index of byte tables of some sizes, for each way in which registers may be the same. */
+export function* everyByteIndex(sizes: readonly number[]): Generator<Case> {
+  const registers = [
+    ['rcx', 'rax', 'rax'],
+    ['rax', 'rax', 'rax'],
+    ['rax', 'rcx', 'rax'],
+    ['r12', 'r13', 'rbp'],
+    ['rbx', 'rsi', 'rdi'],
+    ['r9', 'r9', 'r8'],
+  ] as const;
+  for (const [dst, idx, byteIdx] of registers) {
+    for (const size of sizes) {
+      const values = byteTable(size, Math.min(size, FEW_ENTRIES));
+      for (let index = 0; index < size; index++) {
+        const start = STARTS[index % STARTS.length]!;
+        yield {
+          dst,
+          idx,
+          base: 'rdx',
+          entries: table(FEW_ENTRIES),
+          byte: { idx: byteIdx, values },
+          index,
+          start,
+        };
+      }
+    }
+  }
+}
+
+export const anyTwoLevelCase: fc.Arbitrary<Case> = fc
+  .record({
+    dst: random.gpr,
+    idx: random.gpr,
+    byteIdx: random.gpr,
+    base: random.gpr,
+    entries: fc.uint32Array({ minLength: 1, maxLength: 256 }),
+    bytes: fc.uint8Array({ minLength: 1, maxLength: 256 }),
+    start,
+    pick: fc.nat(),
+  })
+  .filter(({ idx, byteIdx, base }) => base !== idx && base !== byteIdx)
+  .map(({ pick, bytes, byteIdx, ...rest }) => {
+    const values = bytes.map((byte) => byte % rest.entries.length);
+    return { ...rest, byte: { idx: byteIdx, values }, index: pick % values.length };
+  });

@@ -1,9 +1,9 @@
-import type { TableLoad } from '../../src/handlers/plan.js';
+import type { LoadSite } from '../../src/handlers/plan.js';
 
 export const IMAGE_BASE = 0xffff_8000_1200_0000n;
 
 /** The example of HVMI's documentation: `mov ecx, dword ptr [rdx+rax*4+0x4ea91c]`. */
-export const LOAD: TableLoad = {
+export const LOAD: LoadSite = {
   gva: 0xffff_8000_1234_0000n,
   length: 7,
   dst: 'rcx',

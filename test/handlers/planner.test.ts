@@ -1,8 +1,17 @@
 import { describe, expect, it } from 'vitest';
-import { affordable, type HandlerChoice, passedOver, planHandlers } from '../../src/handlers/planner.js';
-import type { FoundSwitch } from '../../src/switches/table.js';
+import {
+  affordable,
+  type HandlerChoice,
+  type HandlerPlanning,
+  passedOver,
+  planHandlers,
+} from '../../src/handlers/planner.js';
+import type { ByteTable, FoundSwitch } from '../../src/switches/table.js';
 
 const IMAGE_BASE = 0xffff_f800_0000_0000n;
+
+/** `add r9, rdx` */
+const R9 = { rva: 0x1007, length: 3, isBranchTarget: false, bytes: Buffer.from('4c03ca', 'hex') };
 
 /** `mov ecx, [rdx+rax*4+table]`, with this many entries. */
 function proof(entries: number): FoundSwitch {
@@ -28,33 +37,107 @@ function proof(entries: number): FoundSwitch {
   };
 }
 
+/** The same behind `movzx eax, byte [rdx+rax+...]`. */
+function twoLevel(change: Partial<ByteTable> = {}): FoundSwitch {
+  const byteTable: ByteTable = {
+    ...{ rva: 0xff8, length: 8, isBranchTarget: false, table: 0x2010, entries: 84 },
+    values: Array.from({ length: 84 }, (_, k) => (k % 5 === 0 ? (k / 5) % 4 : 0)),
+    ...{ destination: 'rax', base: 'rdx', index: 'rax' },
+    ...change,
+  };
+  return { ...proof(4), form: 'two-level', byteTable };
+}
+
 const plan = (entries: number, choice: HandlerChoice = 'auto') =>
   planHandlers(proof(entries), IMAGE_BASE, choice);
 const names = (plans: readonly { readonly name: string }[]) => plans.map(({ name }) => name);
+const sizes = (plans: readonly HandlerPlanning[]) =>
+  plans.map((each) => [each.name, each.refused ?? each.size]);
 
 describe('the handlers of a load', () => {
   it('come with their bytes, the fastest first', () => {
-    const sizes = plan(16).map((each) => [each.name, each.refused ?? each.size]);
-    expect(sizes).toEqual([
-      ['fused', 15 + 14 + 15 * 16 + 13],
-      ['lean-roomy', 15 + 14 + 15 * 16 + 10],
-      ['lean-dense', 14 + 16 * 10],
+    expect(sizes(plan(16))).toEqual([
+      ['fused', 15 + 13 + 15 * 16 + 13],
+      ['lean-roomy', 15 + 13 + 15 * 16 + 10],
+      ['lean-dense', 13 + 16 * 10],
       ['lean-tight', 10 + 16 * 8 + 5],
+      ['lean-short', 'too-many-entries-for-short-jumps'],
       ['seed', 47 + 16 * 11],
     ]);
   });
 
   it('are those of one encoder, when that is wished', () => {
-    expect(names(plan(16, 'seed'))).toEqual(['seed']);
-    expect(names(plan(16, 'lean'))).toEqual(['lean-roomy', 'lean-dense', 'lean-tight']);
-    expect(names(plan(16, 'fused'))).toEqual(['fused']);
+    expect(names(plan(4, 'seed'))).toEqual(['seed']);
+    expect(names(plan(4, 'lean'))).toEqual(['lean-roomy', 'lean-dense', 'lean-tight']);
+    expect(names(plan(4, 'fused'))).toEqual(['fused', 'fused-shared', 'fused-short']);
   });
 
   it('a refusal keeps its reason, and stands in no way of the others', () => {
     const plans = plan(32);
     expect(plans.find(({ name }) => name === 'lean-tight')?.refused).toBe('too-many-entries-for-short-jumps');
     expect(names(affordable(plans, Infinity))).toEqual(['fused', 'lean-roomy', 'lean-dense', 'seed']);
-    expect(affordable(plan(257), Infinity)).toEqual([]);
+  });
+
+  it('are possible for 8,192 entries, the seed for 256', () => {
+    const possible = (entries: number) => names(affordable(plan(entries), Infinity));
+    expect(possible(257)).toEqual(['fused', 'lean-roomy', 'lean-dense']);
+    expect(possible(8192)).toEqual(['fused', 'lean-roomy', 'lean-dense']);
+    expect(possible(8193)).toEqual([]);
+  });
+
+  it('are smaller where many entries are alike', () => {
+    const alike = { ...proof(200), values: Array.from({ length: 200 }, (_, k) => 0x3000 + (k % 3)) };
+    const plans = planHandlers(alike, IMAGE_BASE, 'auto').filter(({ refused }) => refused === undefined);
+    expect(sizes(plans)).toEqual([
+      ['fused', 15 + 13 + 199 * 16 + 13],
+      ['fused-spread', 7 + 10 + 200 * 8 + 3 * 13],
+      ['fused-shared', 13 + 200 * 5 + 3 * 13],
+      ['lean-roomy', 15 + 13 + 199 * 16 + 10],
+      ['lean-dense', 13 + 200 * 10],
+      ['lean-shared', 13 + 200 * 5 + 3 * 10],
+      ['seed', 47 + 200 * 11],
+    ]);
+  });
+});
+
+describe('a two-level switch', () => {
+  it('is one decision: one handler for both loads, or one for each', () => {
+    const plans = planHandlers(twoLevel(), IMAGE_BASE, 'auto');
+    const [byteLoad, load] = [IMAGE_BASE + 0xff8n, IMAGE_BASE + 0x1000n];
+    const replaced = affordable(plans, Infinity).map(({ name, parts }) => [
+      name,
+      ...parts.map(({ replaces }) => replaces),
+    ]);
+    expect(replaced).toEqual([
+      ['fused', [byteLoad, load]],
+      ['fused-shared', [byteLoad, load]],
+      ['lean-roomy', [byteLoad], [load]],
+      ['lean-dense', [byteLoad], [load]],
+      ['lean-tight', [byteLoad], [load]],
+      ['seed', [byteLoad], [load]],
+    ]);
+    expect(sizes(plans).filter(([name]) => name !== 'lean-short')).toEqual([
+      ['fused', 7 + 10 + 84 * 8 + 4 * 18],
+      ['fused-shared', 13 + 84 * 5 + 4 * 18],
+      ['lean-roomy', 15 + 13 + 83 * 16 + 10 + 15 + 13 + 3 * 16 + 10],
+      ['lean-dense', 13 + 84 * 10 + 13 + 4 * 10],
+      ['lean-tight', 13 + 84 * 5 + 4 * 10 + 10 + 4 * 8 + 5],
+      ['seed', 47 + 84 * 11 + 47 + 4 * 11],
+    ]);
+  });
+
+  it.each([
+    ['other code stands between its loads', twoLevel({ rva: 0xff0 })],
+    ['its bytes come into another register than the index', twoLevel({ destination: 'rbx' })],
+    ['something branches to its second load', { ...twoLevel(), isBranchTarget: true }],
+  ])('has a handler for its byte load and a fused one for the rest where %s', (_, found) => {
+    const [fused] = planHandlers(found, IMAGE_BASE, 'auto');
+    if (fused!.refused !== undefined) throw new Error(fused!.refused);
+    expect(fused!.name).toBe('fused');
+    const [byteLoad, rest] = fused!.parts;
+    expect(byteLoad!.replaces).toEqual([IMAGE_BASE + BigInt(found.byteTable!.rva)]);
+    expect(rest!.replaces).toEqual([IMAGE_BASE + 0x1000n]);
+    expect(fused!.size).toBe(13 + 84 * 5 + 4 * 10 + 15 + 13 + 3 * 16 + 13);
   });
 });
 
@@ -65,8 +148,7 @@ describe('the whole switch is left to its own code, and only the load replaced,'
     ['branch-target', { add: { ...proof(4).add, ...at } }],
     ['branch-target', { jmp: { ...proof(4).jmp, isBranchTarget: true } }],
     ['retpoline', { jmp: { ...proof(4).jmp, retpoline: true } }],
-    // Prefixes that change nothing.
-    ['add-too-long', { add: { ...proof(4).add, bytes: Buffer.from('2e2e2e2e4803ca', 'hex') } }],
+    ['another-add', { add: { ...proof(4).add, bytes: Buffer.from('4803d1', 'hex') } }],
   ] as const)('%s', (reason, change) => {
     const plans = planHandlers({ ...proof(4), ...change }, IMAGE_BASE, 'auto');
     const [taken] = affordable(plans, Infinity);
@@ -78,26 +160,42 @@ describe('the whole switch is left to its own code, and only the load replaced,'
 describe('little slack', () => {
   it('leaves only the smaller handlers, the smallest in any case', () => {
     const plans = plan(16);
-    expect(names(affordable(plans, 282 * 32))[0]).toBe('fused');
-    expect(names(affordable(plans, 282 * 32 - 1))[0]).toBe('lean-roomy');
-    expect(names(affordable(plans, 267 * 32 - 1))[0]).toBe('lean-dense');
-    expect(names(affordable(plans, 174 * 32 - 1))[0]).toBe('lean-tight');
+    const fastest = (slack: number) => names(affordable(plans, slack))[0];
+    const kept = 10_240;
+    expect(fastest(kept + (281 - 143) * 16)).toBe('fused');
+    expect(fastest(kept + (281 - 143) * 16 - 1)).toBe('lean-roomy');
+    expect(fastest(kept + (278 - 143) * 16 - 1)).toBe('lean-dense');
+    expect(fastest(kept + (173 - 143) * 16 - 1)).toBe('lean-tight');
     expect(names(affordable(plans, 0))).toEqual(['lean-tight', 'seed']);
   });
 
+  it.each([12_000, 20_000])(
+    'of %d bytes is enough for a hundred tables of 10 entries, the first roomy',
+    (slack) => {
+      const taken = Array.from({ length: 100 }, () => {
+        const [candidate] = affordable(plan(10), slack);
+        slack -= candidate!.size;
+        return candidate!.name;
+      });
+      expect(slack).toBeGreaterThan(0);
+      expect(taken[0]).toMatch(/fused|lean-dense/);
+      expect(taken.at(-1)).toBe('lean-tight');
+    },
+  );
+
   it('does not bring in the slow seed where that is a few bytes smaller', () => {
     const registers = { destination: 'r9', index: 'r9' } as const;
-    const plans = planHandlers({ ...proof(64), ...registers }, IMAGE_BASE, 'auto');
+    const plans = planHandlers({ ...proof(64), ...registers, add: R9 }, IMAGE_BASE, 'auto');
     expect(names(affordable(plans, 0))).toEqual(['lean-dense', 'seed']);
   });
 
-  it('is the reason why a faster one was passed over; slower ones are not mentioned', () => {
+  it('is the reason why a faster one was passed over, or its distance; slower ones are not mentioned', () => {
     const plans = plan(32);
     const [taken] = affordable(plans, 0);
     expect(taken!.name).toBe('lean-dense');
-    expect(passedOver(plans, taken!)).toEqual({
+    expect(passedOver(plans, taken!, [plans[1]!])).toEqual({
       fused: 'too-little-slack',
-      'lean-roomy': 'too-little-slack',
+      'lean-roomy': 'jump-out-of-range',
     });
   });
 });

@@ -23,7 +23,11 @@ function stackSlots(before: Buffer, { arena, state, test }: Prepared): Buffer {
   return expected;
 }
 
-const runs = new HandlerRuns({ layOut: seedLayout, blockInstructions: 2, memoryAfter: stackSlots });
+const runs = new HandlerRuns({
+  layOut: ({ load, entries }) => seedLayout(load, entries),
+  replaces: 'load',
+  memoryAfter: stackSlots,
+});
 afterAll(() => runs.close());
 
 describe('the seed handler does what the load did: registers, flags, RIP, and memory but for its stack slots', () => {

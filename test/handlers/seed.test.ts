@@ -1,13 +1,12 @@
 import { describe, expect, it } from 'vitest';
-import type { TableLoad } from '../../src/handlers/plan.js';
-import { MAX_ENTRIES } from '../../src/handlers/refusal.js';
-import { SEED_BLOCK_SIZE, SEED_HEADER_SIZE, seedLayout } from '../../src/handlers/seed.js';
+import type { LoadSite } from '../../src/handlers/plan.js';
+import { SEED_BLOCK_SIZE, SEED_HEADER_SIZE, SEED_MOST_ENTRIES, seedLayout } from '../../src/handlers/seed.js';
 import { GPR_NAMES } from '../../src/x86/registers.js';
 import { HANDLER, LOAD } from './load.js';
 
 const ENTRIES = Uint32Array.of(0x1000, 0x2000, 0x3000, 0x4000);
 
-function planned(load: Partial<TableLoad> = {}, entries = ENTRIES, handler = HANDLER) {
+function planned(load: Partial<LoadSite> = {}, entries = ENTRIES, handler = HANDLER) {
   const layout = seedLayout({ ...LOAD, ...load }, entries);
   if (layout.refused !== undefined) throw new Error(`refused: ${layout.refused}`);
   const plan = layout.at(handler);
@@ -16,7 +15,7 @@ function planned(load: Partial<TableLoad> = {}, entries = ENTRIES, handler = HAN
   return plan;
 }
 
-function refused(load: Partial<TableLoad>, entries = ENTRIES, handler = HANDLER) {
+function refused(load: Partial<LoadSite>, entries = ENTRIES, handler = HANDLER) {
   const layout = seedLayout({ ...LOAD, ...load }, entries);
   return layout.refused ?? layout.at(handler).refused;
 }
@@ -78,7 +77,7 @@ describe('encoding', () => {
   });
 
   it('takes 256 entries', () => {
-    expect(planned({}, new Uint32Array(MAX_ENTRIES)).handler.bytes.length).toBe(47 + 256 * 11);
+    expect(planned({}, new Uint32Array(SEED_MOST_ENTRIES)).handler.bytes.length).toBe(47 + 256 * 11);
   });
 });
 
@@ -100,7 +99,7 @@ describe('refusal', () => {
   });
 
   it('too-many-entries', () => {
-    expect(refused({}, new Uint32Array(MAX_ENTRIES + 1))).toBe('too-many-entries');
+    expect(refused({}, new Uint32Array(SEED_MOST_ENTRIES + 1))).toBe('too-many-entries');
   });
 
   it('a site of five bytes is long enough', () => {
