@@ -29,55 +29,6 @@ switch HalInitSystem, entries=5, form=FORM_LOOK_ALIKE, expected=discardable
 
 code_section .text$switches
 
-# --- bounds that nothing in the function proves -----------------------------------------------------------------
-
-switch IoRegisterDeviceInterface, entries=6, guard=none, form=FORM_LOOK_ALIKE, expected=unproven-bound
-
-# The bound is in memory.
-next_switch_id
-switch_function KeConnectInterrupt
-    index_from_argument rax
-    mov     r8d, [rip + InterruptLimit]
-    cmp     eax, r8d
-    ja      .LKeConnectInterrupt_default
-    image_base rdx
-    load_dword KeConnectInterrupt, rcx, rdx, rax, .LKeConnectInterrupt_table
-    dispatch rcx, rdx
-    case_bodies KeConnectInterrupt, switch_id, 6
-    default_body KeConnectInterrupt, switch_id, 6
-    dword_table KeConnectInterrupt, 6, 6
-look_alike_records KeConnectInterrupt, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 8
-
-# The guard is signed: it lets negative indexes through.
-next_switch_id
-switch_function IoCsqRemoveIrp
-    index_from_argument rax
-    compare rax, 5
-    jg      .LIoCsqRemoveIrp_default
-    image_base rdx
-    load_dword IoCsqRemoveIrp, rcx, rdx, rax, .LIoCsqRemoveIrp_table
-    dispatch rcx, rdx
-    case_bodies IoCsqRemoveIrp, switch_id, 6
-    default_body IoCsqRemoveIrp, switch_id, 6
-    dword_table IoCsqRemoveIrp, 6, 6
-look_alike_records IoCsqRemoveIrp, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 8
-
-# A second way to the load leads around the guard.
-next_switch_id
-switch_function FsRtlCheckOplock
-    index_from_argument rax
-    image_base rdx
-    test    byte ptr [rsp + CHECKSUM_HOME], 1
-    jne     .LFsRtlCheckOplock_load
-    compare rax, 5
-    ja      .LFsRtlCheckOplock_default
-    load_dword FsRtlCheckOplock, rcx, rdx, rax, .LFsRtlCheckOplock_table
-    dispatch rcx, rdx
-    case_bodies FsRtlCheckOplock, switch_id, 6
-    default_body FsRtlCheckOplock, switch_id, 6
-    dword_table FsRtlCheckOplock, 6, 6
-look_alike_records FsRtlCheckOplock, 6, rdx, rax, rcx, GUARD_NONE, unproven-bound, 6
-
 # --- loads that are no table load -------------------------------------------------------------------------------
 
 # A plain array of constants among the code: what is loaded is no address.
@@ -377,8 +328,6 @@ look_alike_records CmQueryKeyName, 5, rdx, rax, rcx, GUARD_CMP, pageable, 7
 
     .section .rdata,"dr"
     .balign 4
-InterruptLimit:
-    .long   5
 ServiceConstants:
     .set entry, 0
     .rept KI_SERVICE_LIMIT

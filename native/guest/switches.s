@@ -219,6 +219,70 @@ site_record NtWriteFile_second, NtWriteFile, FORM_TWO_LEVEL, 9, r8, r9, r11, GUA
 call_record NtWriteFile, FORM_TWO_LEVEL, 80
 model_record switch_id, 0, 0, 0, 9, 64, 4, 9, 4
 
+# --- bounds that only what lies behind the table tells -----------------------------------------------------------------
+
+switch IoRegisterDeviceInterface, entries=6, guard=none
+
+# The bound is in memory.
+next_switch_id
+switch_function KeConnectInterrupt
+    index_from_argument rax
+    mov     r8d, [rip + InterruptLimit]
+    cmp     eax, r8d
+    ja      .LKeConnectInterrupt_default
+    image_base rdx
+    load_dword KeConnectInterrupt, rcx, rdx, rax, .LKeConnectInterrupt_table
+    dispatch rcx, rdx
+    case_bodies KeConnectInterrupt, switch_id, 6
+    default_body KeConnectInterrupt, switch_id, 6
+    dword_table KeConnectInterrupt, 6, 6
+    end_function
+site_record KeConnectInterrupt, KeConnectInterrupt, FORM_ONE_LEVEL, 6, rdx, rax, rcx, GUARD_NONE, relocatable, KeConnectInterrupt
+call_record KeConnectInterrupt, FORM_ONE_LEVEL, 8
+model_record switch_id, 0, 0, 0, 6, 0, 1, 6, 1
+
+# The guard is signed: it lets negative indexes through.
+next_switch_id
+switch_function IoCsqRemoveIrp
+    index_from_argument rax
+    compare rax, 5
+    jg      .LIoCsqRemoveIrp_default
+    image_base rdx
+    load_dword IoCsqRemoveIrp, rcx, rdx, rax, .LIoCsqRemoveIrp_table
+    dispatch rcx, rdx
+    case_bodies IoCsqRemoveIrp, switch_id, 6
+    default_body IoCsqRemoveIrp, switch_id, 6
+    dword_table IoCsqRemoveIrp, 6, 6
+    end_function
+site_record IoCsqRemoveIrp, IoCsqRemoveIrp, FORM_ONE_LEVEL, 6, rdx, rax, rcx, GUARD_NONE, relocatable, IoCsqRemoveIrp
+call_record IoCsqRemoveIrp, FORM_ONE_LEVEL, 8
+model_record switch_id, 0, 0, 0, 6, 0, 1, 6, 1
+
+# A second way to the load leads around the guard.
+next_switch_id
+switch_function FsRtlCheckOplock
+    index_from_argument rax
+    image_base rdx
+    test    byte ptr [rsp + CHECKSUM_HOME], 1
+    jne     .LFsRtlCheckOplock_load
+    compare rax, 5
+    ja      .LFsRtlCheckOplock_default
+    load_dword FsRtlCheckOplock, rcx, rdx, rax, .LFsRtlCheckOplock_table
+    dispatch rcx, rdx
+    case_bodies FsRtlCheckOplock, switch_id, 6
+    default_body FsRtlCheckOplock, switch_id, 6
+    dword_table FsRtlCheckOplock, 6, 6
+    end_function
+site_record FsRtlCheckOplock, FsRtlCheckOplock, FORM_ONE_LEVEL, 6, rdx, rax, rcx, GUARD_NONE, relocatable, FsRtlCheckOplock
+call_record FsRtlCheckOplock, FORM_ONE_LEVEL, 6
+model_record switch_id, 0, 0, 0, 6, 0, 1, 6, 1
+
+    .section .rdata,"dr"
+    .balign 4
+InterruptLimit:
+    .long   5
+    resume_section
+
 # --- outside .text ----------------------------------------------------------------------------------------------
 
 code_section POOLCODE
@@ -233,4 +297,5 @@ default_hook NtSetInformationFile
 default_hook PoSetSystemState
 default_hook SeAccessCheck
 default_hook NtWriteFile
+default_hook FsRtlCheckOplock
 default_hook ExAllocatePoolWithTag

@@ -21,7 +21,7 @@ export const LOAD_REFUSALS: Record<RefusalReason, string> = {
   'table-outside-image': 'the table is outside of the image',
   'table-not-in-executable-section': 'the table is not in code',
   'table-in-writable-section': 'the table may be written to',
-  'bound-not-proven': 'no guard bounds the index',
+  'bound-not-proven': 'it is not known where the table ends',
   'table-overlaps-code': 'the index reaches over the table, into code',
   'table-overlaps-table': 'the index reaches over the table, into another one',
   'entry-outside-image': 'an entry is outside of the image',

@@ -10,7 +10,6 @@ export type SwitchForm = 'one-level' | 'two-level' | 'look-alike' | 'lexer';
 
 /** Why a look-alike must be left alone. The engine has words of its own; these name the hazard. */
 export type RefusalHazard =
-  | 'unproven-bound'
   | 'not-a-switch'
   | 'system-service-table'
   | 'not-a-mov'

@@ -1,19 +1,13 @@
 import type { FunctionTable } from '../nt/pdata.js';
 import type { ImageBytes } from '../nt/pe.js';
-import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Mnemonic } from '../x86/instruction.js';
+import { gprName, type Instruction, Mnemonic } from '../x86/instruction.js';
 import type { GprName } from '../x86/registers.js';
-import {
-  type Analysis,
-  analyse,
-  type Dispatch,
-  DWORD,
-  MAX_ENTRIES,
-  readEntries,
-  type TableLoad,
-} from './analysis.js';
+import { type Analysis, type Dispatch, DWORD, MAX_ENTRIES, readEntries, type TableLoad } from './analysis.js';
 import { NEAR_JUMP_LENGTH } from './candidate.js';
 import { functionAt, MAX_FUNCTION_BYTES } from './functions.js';
+import { analyse } from './interpreter.js';
 import type { Liveness } from './liveness.js';
+import { byteTableEnd, dwordTableEnd } from './neighbours.js';
 
 /** Why a load is not a switch's table load with a proven end. */
 export type RefusalReason =
@@ -143,7 +137,7 @@ export class SwitchRecogniser {
   switchesAround(rva: number): SwitchSite[] {
     const analysis = this.analysisAt(rva);
     if (analysis === undefined) return [];
-    const loads = [...analysis.loads.keys()].filter((load) => analysis.dispatches.get(load)?.jmp);
+    const loads = analysis.dispatchedLoads().map((load) => load.rva);
     return loads.sort((a, b) => a - b).map((load) => this.judge(analysis, load));
   }
 
@@ -163,12 +157,12 @@ export class SwitchRecogniser {
     const load = analysis.loads.get(rva);
     if (load === undefined) return refuse(rva, whyNotALoad(analysis.instructions.get(rva)));
     const dispatch = analysis.dispatches.get(rva);
-    const byteLoad = load.byteLoad === undefined ? undefined : analysis.byteLoads.get(load.byteLoad);
+    const byteLoad = load.byteLoad === undefined ? undefined : analysis.byteReads.get(load.byteLoad);
     const form = byteLoad === undefined ? 'one-level' : 'two-level';
-    const reason = this.whyRefused(analysis, load, dispatch);
-    if (reason !== undefined) return { found: false, rva, reason, form, table: load.table };
+    const bound = this.whyRefused(analysis, load, dispatch) ?? this.boundOf(analysis, load, byteLoad);
+    if (typeof bound === 'string') return { found: false, rva, reason: bound, form, table: load.table };
 
-    const entries = load.maxIndex + 1;
+    const { entries, evidence } = bound;
     const [add, jmp] = [dispatch!.add, dispatch!.jmp!];
     const part = (instruction: Instruction): SwitchPart => ({
       rva: Number(instruction.ip),
@@ -182,7 +176,7 @@ export class SwitchRecogniser {
       ...part(load.instruction),
       table: load.table,
       entries,
-      evidence: 'guard',
+      evidence,
       values: this.values(load.table, entries),
       destination: destinationOf(load),
       base: load.base,
@@ -198,9 +192,11 @@ export class SwitchRecogniser {
   }
 
   private byteTable(analysis: Analysis, load: TableLoad, part: SwitchPart, dwords: number): ByteTable {
-    const entries = load.maxIndex + 1;
+    const known = analysis.byteEntries(load);
+    const entries = known ?? byteTableEnd(this.image, analysis, load, dwords);
     const values = [...this.image.read(load.table, entries)];
-    const refused = this.whyByteLoadRefused(analysis, load, values, dwords);
+    const refused =
+      known === undefined ? 'bound-not-proven' : this.whyByteLoadRefused(analysis, load, values, dwords);
     return {
       ...part,
       table: load.table,
@@ -241,7 +237,7 @@ export class SwitchRecogniser {
     if (values.some((value) => value >= dwords)) return 'byte-not-an-index';
     const section = this.image.sectionAt(load.table);
     if (!section?.executable) return 'table-not-in-executable-section';
-    return whyOverlapping(analysis, load.table, load.table + load.maxIndex + 1);
+    return whyOverlapping(analysis, load.table, load.table + values.length);
   }
 
   /** The first thing that keeps a load from being a switch with a proven end. */
@@ -259,22 +255,39 @@ export class SwitchRecogniser {
     if (!section.executable) return 'table-not-in-executable-section';
     if (section.writable) return 'table-in-writable-section';
     if (analysis.outcome === 'wild-jump') return 'indirect-jump-unresolved';
-    if (load.maxIndex >= MAX_ENTRIES) return 'bound-not-proven';
-    const end = load.table + (load.maxIndex + 1) * DWORD;
-    if (end > section.rva + section.virtualSize) return 'table-outside-image';
-    return this.whyEntryWrong(analysis, load) ?? whyOverlapping(analysis, load.table, end);
+    return undefined;
   }
 
-  private whyEntryWrong(analysis: Analysis, load: TableLoad): RefusalReason | undefined {
-    for (const entry of this.values(load.table, load.maxIndex + 1)) {
+  /** The number of entries, and why it is believed; or why not even the first one is. */
+  private boundOf(
+    analysis: Analysis,
+    load: TableLoad,
+    byteLoad: TableLoad | undefined,
+  ): { entries: number; evidence: Evidence } | RefusalReason {
+    const { table, maxIndex } = load;
+    const wrong =
+      maxIndex >= MAX_ENTRIES ? 'bound-not-proven' : this.whyEntriesWrong(analysis, table, maxIndex + 1);
+    if (wrong === undefined) {
+      const byNeighbour = byteLoad !== undefined && analysis.neighbours.has(byteLoad.table);
+      return { entries: maxIndex + 1, evidence: byNeighbour ? 'neighbour' : 'guard' };
+    }
+    const neighbour = analysis.neighbours.get(table);
+    if (neighbour !== undefined) return { entries: neighbour, evidence: 'neighbour' };
+    const { entries } = dwordTableEnd(this.image, analysis, load);
+    return entries > 0 ? { entries, evidence: 'none' } : wrong;
+  }
+
+  private whyEntriesWrong(analysis: Analysis, table: number, entries: number): RefusalReason | undefined {
+    const end = table + entries * DWORD;
+    const section = this.image.sectionAt(table)!;
+    if (end > section.rva + section.virtualSize) return 'table-outside-image';
+    for (const entry of this.values(table, entries)) {
       if (entry === 0) continue; // an unreachable case
       if (entry >= this.image.sizeOfImage) return 'entry-outside-image';
       if (!this.image.sectionAt(entry)?.executable) return 'entry-not-executable';
-      if (!analysis.instructions.has(entry) || overlapsCode(analysis, entry, entry)) {
-        return 'entry-not-an-instruction';
-      }
+      if (!analysis.isInstruction(entry)) return 'entry-not-an-instruction';
     }
-    return undefined;
+    return whyOverlapping(analysis, table, end);
   }
 
   private values(table: number, count: number): number[] {
@@ -285,23 +298,13 @@ export class SwitchRecogniser {
 
 /** The dword loads of switches whose index is what the byte load at `byteLoad` brought. */
 function dispatchedBy(analysis: Analysis, byteLoad: number): TableLoad[] {
-  return [...analysis.loads.values()].filter(
-    (load) => load.byteLoad === byteLoad && analysis.dispatches.get(load.rva)?.jmp !== undefined,
-  );
+  return analysis.dispatchedLoads().filter((load) => load.byteLoad === byteLoad);
 }
 
 function whyOverlapping(analysis: Analysis, begin: number, end: number): RefusalReason | undefined {
-  if (overlapsCode(analysis, begin, end)) return 'table-overlaps-code';
-  return analysis.tableBetween(begin + 1, end) ? 'table-overlaps-table' : undefined;
-}
-
-/** Whether an instruction begins in `[begin, end)`, or reaches over `begin` from before. */
-function overlapsCode({ instructions }: Analysis, begin: number, end: number): boolean {
-  for (let rva = begin - MAX_INSTRUCTION_LENGTH + 1; rva < end; rva++) {
-    const instruction = instructions.get(rva);
-    if (instruction !== undefined && rva + instruction.length > begin) return true;
-  }
-  return false;
+  if (analysis.overlapsCode(begin, end)) return 'table-overlaps-code';
+  const next = analysis.nextTable(begin + 1);
+  return next !== undefined && next < end ? 'table-overlaps-table' : undefined;
 }
 
 function refuse(rva: number, reason: RefusalReason): RefusedSwitch {

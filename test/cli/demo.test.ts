@@ -88,7 +88,7 @@ describe('the demo', () => {
     const command = demo('--seconds', '1', '--seed', '20260', '--json');
     expect([await command.ended, command.stderr]).toEqual([0, expect.not.stringContaining('memtables:')]);
     const summary = summaryOf(command);
-    expect(summary).toEqual(summaryShape({ vcpus: 2, seed: 20260, hooks: 6 }));
+    expect(summary).toEqual(summaryShape({ vcpus: 2, seed: 20260, hooks: 7 }));
     // Not of every switch of the guest do the instructions stand together.
     const { fused, lean, ...others } = summary.encoders as Record<string, number>;
     expect([fused! + lean!, others]).toEqual([summary.relocations, {}]);

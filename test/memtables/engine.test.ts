@@ -93,7 +93,6 @@ describe('engine on the embedded guest', () => {
     expect([...done()].sort()).toEqual([...wanted].sort());
 
     const reasons: Record<RefusalHazard, string> = {
-      'unproven-bound': 'bound-not-proven',
       'not-a-switch': 'not-a-switch',
       scale: 'scale-not-4',
       'base-is-not-the-image': 'base-not-proven',

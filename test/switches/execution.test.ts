@@ -1,7 +1,8 @@
 import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
-import { type Analysis, analyse, MAX_ENTRIES, type TableLoad } from '../../src/switches/analysis.js';
+import { type Analysis, MAX_ENTRIES, type TableLoad } from '../../src/switches/analysis.js';
 import { functionAt } from '../../src/switches/functions.js';
+import { analyse } from '../../src/switches/interpreter.js';
 import type { Registers } from '../../src/x86/registers.js';
 import { createFlatMachine, KERNEL_BASE } from '../machine/support.js';
 import { assemble, CODE_RVA, type Listing } from './listing.js';
@@ -69,7 +70,7 @@ function run({ code, rva }: Listing, analysis: Analysis, begin: Start): void {
         `an instruction at ${at.toString(16)} that nothing leads to`,
       ).toBe(true);
     }
-    const [load, byteLoad] = [analysis.loads.get(at), analysis.byteLoads.get(at)];
+    const [load, byteLoad] = [analysis.loads.get(at), analysis.byteReads.get(at)];
     if (load !== undefined) {
       seen.loads++;
       if (!check(load, now, TABLE_ENTRIES)) return;

@@ -524,20 +524,28 @@ over: add [rax], al
     });
   });
 
-  it('without a guard neither level is proven', () => {
-    const code = TWO_LEVEL.replace('ja default', 'nop');
-    // A byte is at most 255, and so many entries there are not.
-    expect(prove(withTable(code, { entries: 4, more: BYTES }))).toMatchObject({
-      found: false,
-      reason: 'table-outside-image',
-    });
+  it.each([
+    ['behind its dwords', (table: string) => table.replace('other:', `${BYTES}\nother: ret\n`)],
+    ['before them', (table: string) => table.replace('table:', `${BYTES}\n.balign 4, 0xcc\ntable:`)],
+  ])('without a guard, the byte table %s ends where bytes are no indices any more', (_, withBytes) => {
+    const code = TWO_LEVEL.replace('ja default', 'nop').replace('movzx', 'first: movzx');
+    const source = withBytes(withTable(code, { entries: 4 })).replace(/other: .*/, 'other: int3');
+    const expected = { found: true, evidence: 'neighbour', entries: 4, byteTable: { entries: 20 } };
+    expect(prove(source)).toMatchObject(expected);
+    expect(prove(source, { load: 'first' })).toMatchObject(expected);
   });
 
   it('a byte table in a writable section bounds nothing', () => {
     const source = `${withTable(TWO_LEVEL, { entries: 4 })}\n.balign 0x1000\ndata: ${BYTES}`;
     const sections = (flags: number) => [{ name: '.data', at: 'data', flags }];
-    expect(prove(source, { sections: sections(0x40000040) })).toMatchObject({ found: true, entries: 4 });
-    expect(prove(source, { sections: sections(0xc0000040) })).toMatchObject({ found: false });
+    expect(prove(source, { sections: sections(0x40000040) })).toMatchObject({
+      evidence: 'guard',
+      entries: 4,
+    });
+    expect(prove(source, { sections: sections(0xc0000040) })).toMatchObject({
+      form: 'one-level',
+      evidence: 'neighbour',
+    });
   });
 });
 
