@@ -18,6 +18,8 @@ constexpr uint32_t kConsolePort = 0xe9;
 /** What nobody takes is dropped: the guest shall not fill the host's memory. */
 constexpr size_t kMostConsoleBytes = 1u << 20;
 constexpr uint64_t kSelectorPrivilege = 3;
+/** What a processor begins with: every exception masked. */
+constexpr uint64_t kResetMxcsr = 0x1f80;
 
 void check(uc_err error, const char* what, unsigned vcpu) {
   if (error != UC_ERR_OK) {
@@ -66,6 +68,8 @@ Vcpu::Vcpu(Board& board, unsigned index)
         "guest memory could not be mapped", index);
   check(uc_mem_map_ptr(engine_, kShadowBase, shadow_.size(), UC_PROT_ALL, shadow_.data()),
         "shadow memory could not be mapped", index);
+  // The engine has left it zero.
+  writeRegister(engine_, UC_X86_REG_MXCSR, kResetMxcsr);
   addHook(UC_HOOK_TLB_FILL, reinterpret_cast<void*>(&onTlbFill));
   addHook(UC_HOOK_BLOCK, reinterpret_cast<void*>(&onBlock));
   addHook(UC_HOOK_INTR, reinterpret_cast<void*>(&onException));

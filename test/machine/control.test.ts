@@ -69,6 +69,14 @@ describe('a paused vCPU', () => {
 });
 
 describe('registers', () => {
+  it('begin with every SSE exception masked', () => {
+    // stmxcsr [rbx]
+    machine.writePhysical(CODE, hexBytes('0fae1b'));
+    machine.setRegisters(0, { rip: CODE, rbx: DATA });
+    machine.step(0, 1);
+    expect(machine.readPhysical(DATA, 4).readUInt32LE()).toBe(0x1f80);
+  });
+
   it('are all that were set, and no others change', () => {
     const before = machine.registers(1);
     const set = {
