@@ -89,7 +89,7 @@ export interface UnloadReport {
   readonly blocked: number;
   /** Live pointers found inside handlers, over all scans. */
   readonly inHandlerAtScan: number;
-  /** vCPUs that were taken out of handlers, by setting their registers. */
-  readonly evacuated: number;
+  /** Who was taken out of handlers: vCPUs, and threads that an interrupt had stopped there. */
+  readonly evacuated: { readonly vcpus: number; readonly threads: number };
   readonly seconds: number;
 }

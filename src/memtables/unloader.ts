@@ -1,9 +1,10 @@
 import { MemtablesError } from '../errors.js';
 import type { Kernel } from '../nt/kernel.js';
-import { scanGuest } from '../safety/scan.js';
+import type { LiveRange } from '../safety/ranges.js';
+import { type ScanResult, scanGuest } from '../safety/scan.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
-import { inUserMode } from '../x86/registers.js';
+import { Evacuator } from './evacuator.js';
 import { describeObstacles, type Obstacles } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import type { Redirections } from './redirections.js';
@@ -24,15 +25,15 @@ export class Unloader {
   #scans = 0;
   #blocked = 0;
   #inHandlers = 0;
-  /** By vCPU and RIP: where registers are set only as the guest resumes, the next scan may find the same again. */
-  readonly #evacuated = new Set<string>();
-  #canEvacuate = true;
+  readonly #evacuator: Evacuator;
 
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly kernel: Kernel,
     private readonly redirections: Redirections,
-  ) {}
+  ) {
+    this.#evacuator = new Evacuator(hypervisor, kernel, redirections);
+  }
 
   /**
    * Restores every site, waits until nothing is inside a handler or trampoline, then empties the slack.
@@ -71,7 +72,7 @@ export class Unloader {
       scans: this.#scans,
       blocked: this.#blocked,
       inHandlerAtScan: this.#inHandlers,
-      evacuated: this.#evacuated.size,
+      evacuated: this.#evacuator.evacuated,
       seconds: (performance.now() - started) / 1000,
     };
   }
@@ -97,46 +98,19 @@ export class Unloader {
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
-  /** A vCPU also leaves by itself: a hypervisor that does not set registers is no reason to give up. */
-  #tryToEvacuate(): void {
-    try {
-      this.#evacuate();
-    } catch (error) {
-      if (!(error instanceof MemtablesError) || error.code !== 'HYPERVISOR_FAILED') throw error;
-      this.#canEvacuate = false;
-    }
-  }
-
-  /**
-   * Takes the vCPUs out of handlers that can be left anywhere. The scan then reads their registers anew: where the
-   * hypervisor sets them only as it resumes (KVM), it is the next scan that finds them gone.
-   */
-  #evacuate(): void {
-    const relocations = this.redirections.ofKind('relocation');
-    for (let vcpu = 0; vcpu < this.hypervisor.vcpuCount; vcpu++) {
-      const registers = this.hypervisor.registers(vcpu);
-      if (inUserMode(registers)) continue;
-      for (const { evacuation } of relocations) {
-        const resumption = evacuation?.evacuate(registers);
-        if (resumption === undefined || resumption.mustWait) continue;
-        this.hypervisor.setRegisters(vcpu, { ...registers, ...resumption.changes });
-        this.#evacuated.add(`${vcpu} ${registers.rip}`);
-        break;
-      }
-    }
-  }
-
   /** Returns what stands in the way, if anything does. */
   #tryRemoveAll(patient: boolean): Obstacles | undefined {
     this.disable();
-    if (this.#canEvacuate) this.#tryToEvacuate();
+    this.#evacuator.evacuateVcpus();
     const entries = this.redirections.entryRanges();
     const code = this.redirections.codeRanges(this.redirections.all());
-    const scan = scanGuest(this.hypervisor, this.kernel, [...entries, ...code]);
+    const ranges = [...entries, ...code];
+    let scan = this.#scan(ranges);
+    if (this.#evacuator.evacuateThreads(scan)) scan = this.#scan(ranges);
     const { unsettled } = scan;
-    const findings = scan.findings.filter(({ isRip }) => isRip || patient);
-    this.#scans++;
-    this.#inHandlers += findings.length;
+    const findings = scan.findings.filter(
+      (finding) => finding.isRip || (patient && !this.#evacuator.isLeftBehind(finding)),
+    );
     const occupied = new Set(findings.map(({ range }) => range));
     // What cannot be looked at keeps handlers in place, but no hook: nothing executes the bytes behind its jump.
     if ((unsettled.length === 0 || !patient) && !entries.some((range) => occupied.has(range))) {
@@ -148,5 +122,12 @@ export class Unloader {
     }
     for (const redirection of this.redirections.all()) this.redirections.remove(redirection);
     return undefined;
+  }
+
+  #scan(ranges: readonly LiveRange[]): ScanResult {
+    const scan = scanGuest(this.hypervisor, this.kernel, ranges);
+    this.#scans++;
+    this.#inHandlers += scan.findings.length;
+    return scan;
   }
 }

@@ -14,7 +14,7 @@ import {
 import { type Gva, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { inUserMode, type Registers } from '../x86/registers.js';
-import { isMachineFrame } from './machine-frame.js';
+import { readMachineFrame } from './machine-frame.js';
 import { type LiveRange, RangeSet } from './ranges.js';
 import { type LiveStack, liveAbove, liveStacks, type StackKind } from './stacks.js';
 
@@ -41,8 +41,9 @@ export interface Finding {
   readonly range: LiveRange;
   /** It is a RIP, of a vCPU or in a machine frame; otherwise a value that may be anything, data too. */
   readonly isRip: boolean;
-  /** Where on the stack the value lies; absent for a vCPU's RIP. */
+  /** Where the value lies, and on which stack; absent for a vCPU's RIP. */
   readonly where?: Gva;
+  readonly stack?: LiveStack;
   /** The vCPU whose RIP or stack it is; absent for a thread that does not run. */
   readonly vcpu?: number;
   /** The thread whose stack it is. */
@@ -209,7 +210,7 @@ class Scan {
       return;
     }
     const start = liveAbove(savedStackPointer(thread));
-    this.scanStack({ kind: 'thread-stack', start, end: thread.stackBase, thread });
+    this.scanStack({ kind: 'thread-stack', start, end: thread.stackBase, settledAbove: start, thread });
     this.scanEarlierStacks(thread);
   }
 
@@ -221,14 +222,16 @@ class Scan {
         const end = earlier.stackBase;
         // Of the current stack all of this has been looked at.
         if (end === thread.stackBase) continue;
-        this.scanStack({ kind: 'thread-stack', start: liveAbove(savedStackPointer(earlier)), end, thread });
+        const start = liveAbove(savedStackPointer(earlier));
+        this.scanStack({ kind: 'thread-stack', start, end, settledAbove: start, thread });
       }
     } catch (error) {
       if (!isUnmapped(error) || !this.isSwappedOut(thread)) throw error;
     }
   }
 
-  private scanStack({ kind, start, end, vcpu, thread }: LiveStack): void {
+  private scanStack(stack: LiveStack): void {
+    const { kind, start, end, vcpu, thread } = stack;
     for (let at = start; at < end; ) {
       const length = Math.min(PAGE_SIZE - pageOffset(at), Number(end - at));
       const bytes = this.readPage(at, length);
@@ -249,6 +252,7 @@ class Scan {
           range,
           isRip: this.isRip(where),
           where,
+          stack,
           ...(vcpu === undefined ? {} : { vcpu }),
           ...(thread === undefined ? {} : { thread }),
         });
@@ -276,7 +280,7 @@ class Scan {
   }
 
   private isRip(where: Gva): boolean {
-    return unlessUnmapped(() => isMachineFrame(this.kernel.memory, where)) ?? true;
+    return unlessUnmapped(() => readMachineFrame(this.kernel.memory, where) !== undefined) ?? true;
   }
 
   private doubt(reason: string): void {
@@ -285,6 +289,7 @@ class Scan {
 
   private report(finding: Finding): void {
     if (this.findings.length < MAX_REPORTED) this.findings.push(finding);
+    else this.doubt(`there are more than ${MAX_REPORTED} live pointers`);
   }
 }
 

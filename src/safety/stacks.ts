@@ -20,6 +20,11 @@ export interface LiveStack {
   readonly start: Gva;
   /** Exclusive. */
   readonly end: Gva;
+  /**
+   * What interrupted code was stopped with has all been saved, and none of it given back yet, where that lies above:
+   * the code that does either has its RSP at the frame.
+   */
+  readonly settledAbove: Gva;
   readonly vcpu?: number;
   readonly thread?: Thread;
 }
@@ -55,8 +60,13 @@ export function liveStacks(
   const stack = checkedStack(thread);
   const onThread = { kind: 'thread-stack', end: stack.base, vcpu, thread } as const;
 
-  if (inUserMode(registers)) return [{ ...onThread, start: kernelEntry(processor, thread, stack) }];
-  if (rsp >= stack.limit && rsp < stack.base) return [{ ...onThread, start: liveAbove(rsp) }];
+  if (inUserMode(registers)) {
+    const start = kernelEntry(processor, thread, stack);
+    return [{ ...onThread, start, settledAbove: start }];
+  }
+  if (rsp >= stack.limit && rsp < stack.base) {
+    return [{ ...onThread, start: liveAbove(rsp), settledAbove: rsp }];
+  }
   const other = threadAt(rsp);
   if (other !== undefined) return `vCPU ${vcpu} is between thread ${other.tid} and thread ${thread.tid}`;
 
@@ -65,12 +75,18 @@ export function liveStacks(
     ({ end }) => rsp < end && lowestMapped(kernel, end, MAX_PROCESSOR_STACK_BYTES) <= rsp,
   );
   if (current === undefined) return `vCPU ${vcpu} is on an unknown stack at ${hex(rsp)}`;
+  const whole = <T extends { readonly end: Gva }>(other: T, limit: bigint) => {
+    const start = lowestMapped(kernel, other.end, limit);
+    // An NMI has a stack of its own and interrupts whatever saves registers; who else has switched stacks has saved them.
+    return { ...other, start, settledAbove: current.kind === 'ist-stack' ? other.end : start };
+  };
   return [
-    { ...onThread, start: lowestMapped(kernel, stack.base, stack.base - stack.limit) },
-    ...stacks.map((each) => ({
-      ...each,
-      start: each === current ? liveAbove(rsp) : lowestMapped(kernel, each.end, MAX_PROCESSOR_STACK_BYTES),
-    })),
+    whole(onThread, stack.base - stack.limit),
+    ...stacks.map((each) =>
+      each === current
+        ? { ...each, start: liveAbove(rsp), settledAbove: rsp }
+        : whole(each, MAX_PROCESSOR_STACK_BYTES),
+    ),
   ];
 }
 

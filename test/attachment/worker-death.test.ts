@@ -70,7 +70,13 @@ describe('a worker that dies', () => {
 
   test('after it has unloaded is no error', async () => {
     const attachment = await attached();
-    const report = { scans: 1, blocked: 0, inHandlerAtScan: 0, evacuated: 0, seconds: 0 };
+    const report = {
+      scans: 1,
+      blocked: 0,
+      inHandlerAtScan: 0,
+      evacuated: { vcpus: 0, threads: 0 },
+      seconds: 0,
+    };
     const unloading = attachment.unload();
     posts({ type: 'answer', id: 1, value: report });
     posts({ type: 'ended' });

@@ -73,7 +73,13 @@ function summaryShape(options: { vcpus: number; seed: number; hooks: number }) {
     refused: expect.any(Object),
     staleEvents: count,
     cloakedReads: expect.any(Object),
-    unload: { scans: count, blocked: count, inHandlerAtScan: count, evacuated: count, seconds: count },
+    unload: {
+      scans: count,
+      blocked: count,
+      inHandlerAtScan: count,
+      evacuated: { vcpus: count, threads: count },
+      seconds: count,
+    },
     guest: {
       checksumOk: true,
       integritySweeps: count,

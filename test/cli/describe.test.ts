@@ -32,7 +32,13 @@ describe('results in words', () => {
   });
 
   test('seconds have no digits that mean nothing', () => {
-    const report = { scans: 1, blocked: 0, inHandlerAtScan: 0, evacuated: 0, seconds: 0.012345678 };
+    const report = {
+      scans: 1,
+      blocked: 0,
+      inHandlerAtScan: 0,
+      evacuated: { vcpus: 0, threads: 0 },
+      seconds: 0.012345678,
+    };
     expect(inMilliseconds(report)).toEqual({ ...report, seconds: 0.012 });
   });
 });

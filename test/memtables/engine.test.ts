@@ -373,7 +373,7 @@ describe.each(['lean', 'fused'] as const)('a vCPU inside a %s handler', (handler
       for (let step = 0; step < instructions; step++) stepOnce(guest, 0);
       expect(handlerAt(events, guest.machine.registers(0).rip)).toBeDefined();
       guest.startTimer();
-      expect(engine.unload().evacuated).toBe(1);
+      expect(engine.unload().evacuated.vcpus).toBe(1);
       // A thread that has been preempted inside may be in the way.
       const [first] = events.flatMap((event) => (event.type === 'unload-blocked' ? event.where : []));
       expect(first ?? '').not.toContain('is the RIP of vCPU');
@@ -392,7 +392,7 @@ describe.each(['lean', 'fused'] as const)('a vCPU inside a %s handler', (handler
       throw new MemtablesError('HYPERVISOR_FAILED', 'not supported', { remedy: 'none' });
     };
     guest.startTimer();
-    expect(engine.unload().evacuated).toBe(0);
+    expect(engine.unload().evacuated.vcpus).toBe(0);
     expect(guest.image()).toBe(before);
     expect(guest.wrongStreams()).toEqual([]);
   });

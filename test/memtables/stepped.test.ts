@@ -27,7 +27,7 @@ test.each([
       );
     serve(guest.hypervisor, engine, insideHandler);
     const report = engine.unload();
-    expect(options.handler === 'seed' ? report.blocked : report.evacuated).toBeGreaterThan(0);
+    expect(options.handler === 'seed' ? report.blocked : report.evacuated.vcpus).toBeGreaterThan(0);
     expect(guest.image()).toBe(before);
     expect(guest.hypervisor.trappedFrames).toEqual([]);
     expect(journal.outstanding).toBe(0);
