@@ -52,6 +52,22 @@ const OFFSETS: Record<string, Record<string, number>> = {
     DpcStack: 0x32a0,
     IsrStack: 0x80c0,
   },
+  _KTRAP_FRAME: {
+    MxCsr: 0x2c,
+    Rax: 0x30,
+    Rcx: 0x38,
+    Rdx: 0x40,
+    R8: 0x48,
+    R9: 0x50,
+    R10: 0x58,
+    R11: 0x60,
+    Rbp: 0x158,
+    Rip: 0x168,
+    SegCs: 0x170,
+    EFlags: 0x178,
+    Rsp: 0x180,
+    SegSs: 0x188,
+  },
 };
 
 const SMALL_FIELDS: ReadonlySet<string> = new Set(['State', 'WaitMode', 'WaitReason']);
