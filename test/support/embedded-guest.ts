@@ -151,6 +151,7 @@ export class EmbeddedGuest {
   attach(
     options: {
       hypervisor?: Hypervisor;
+      kernel?: Kernel;
       threshold?: number;
       handler?: HandlerChoice;
       unloadSeconds?: number;
@@ -159,7 +160,7 @@ export class EmbeddedGuest {
     const { hypervisor = this.hypervisor, threshold = 50, handler = 'auto', unloadSeconds = 20 } = options;
     const directory = mkdtempSync(join(tmpdir(), 'engine-'));
     onTestFinished(() => rmSync(directory, { recursive: true }));
-    const kernel = this.discover(hypervisor);
+    const { kernel = this.discover(hypervisor) } = options;
     const journal = Journal.create(
       join(directory, 'journal'),
       { guest: 'embedded', kernelBase: kernel.base, pdb: 'x' },
