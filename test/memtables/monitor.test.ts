@@ -11,6 +11,7 @@ import type { GprName } from '../../src/x86/registers.js';
 const CODE = 0xffff_f800_0000_0000n;
 const STORE_BYTE = [0x88, 0x11]; // mov [rcx], dl
 const LOAD_BYTE = [0x0f, 0xb6, 0x01]; // movzx eax, byte ptr [rcx]
+const LOAD_ENTRY = [0x8b, 0x84, 0x81, 0, 1, 0, 0]; // mov eax, [rcx + rax*4 + 0x100]
 const LOAD_QWORD = [0x48, 0x8b, 0x01]; // mov rax, [rcx]
 const ORIGINAL = 0x11;
 const CURRENT = 0x22;
@@ -34,8 +35,11 @@ function setUp(code: number[], registers: Partial<Record<GprName, bigint>> = {})
     },
   } as Partial<Hypervisor> as Hypervisor;
   const guest = { code };
+  const range = { start: CODE, end: CODE + 0x10000n };
+  const doubts: bigint[] = [];
   const images = {
-    rangeAt: () => ({ start: CODE, end: CODE + 0x10000n }),
+    rangeAt: (gva: bigint) => (gva >= range.start && gva < range.end ? range : undefined),
+    doubtList: () => doubts.push(CODE),
     nt: {
       ssdt: { start: 0n, end: 0n },
       memory: {
@@ -46,18 +50,18 @@ function setUp(code: number[], registers: Partial<Record<GprName, bigint>> = {})
   } as unknown as KernelImages;
   const sites = new SiteTable();
   const monitor = new Monitor(hypervisor, images, cloaks, new InstructionCache(), sites, 50);
-  const violate = (gpa: bigint, kind: 'read' | 'write') =>
+  const violate = (gpa: bigint, kind: 'read' | 'write', { gva = gpa, rip = CODE } = {}) =>
     monitor.handle({
       vcpu: 0,
-      rip: CODE,
-      gva: gpa,
+      rip,
+      gva,
       gpa,
       read: kind === 'read',
       write: kind === 'write',
       execute: false,
       register: (name) => registers[name] ?? 0n,
     } satisfies Violation);
-  return { monitor, sites, hide, violate, guest, flushes: () => flushes };
+  return { monitor, sites, hide, violate, guest, doubts, flushes: () => flushes };
 }
 
 describe('guest writes to hidden bytes', () => {
@@ -153,5 +157,21 @@ describe('a load of a byte counts as one of a table', () => {
     const { monitor, violate } = setUp([...opcode, 0x34, 0x12, 0, 0], { rdx: CODE, rax: 5n });
     violate(CODE + DISPLACEMENT + 5n, 'read');
     expect([monitor.tableLoads, monitor.otherReads]).toEqual([0, 1]);
+  });
+});
+
+describe('a load of a table in an image of the kernel', () => {
+  test('by code of an image is counted; what is read elsewhere is none', () => {
+    const { monitor, violate, doubts } = setUp(LOAD_ENTRY);
+    violate(0x1000n, 'read', { gva: CODE + 0x100n });
+    violate(0x1000n, 'read', { gva: CODE + 0x10000n });
+    expect([monitor.tableLoads, monitor.otherReads]).toEqual([1, 1]);
+    expect(doubts).toEqual([]);
+  });
+
+  test('by code of no known image is counted, and has the list of modules read again', () => {
+    const { monitor, violate, doubts } = setUp(LOAD_ENTRY);
+    violate(0x1000n, 'read', { gva: CODE + 0x100n, rip: CODE + 0x20000n });
+    expect([monitor.tableLoads, doubts.length]).toEqual([1, 1]);
   });
 });

@@ -120,3 +120,49 @@ describe('patcher', () => {
     expect(patcher.readOriginal(GVA + 0x1ff0n, 0x20)).toBeUndefined();
   });
 });
+
+describe('a change whose code the guest has unloaded', () => {
+  /** A patch on both pages, each of 0x20 bytes. */
+  const both = { gva: GVA + 0xfe0n, bytes: Buffer.alloc(0x40, 0xcc) };
+
+  test('is in place until a page is mapped to another frame, or to none', () => {
+    const { remap, patcher, apply } = twoPageGuest();
+    const change = apply('x', both);
+    expect(patcher.isInPlace(change)).toBe(true);
+    const undo = remap(1, 0x3000n);
+    expect(patcher.isInPlace(change)).toBe(false);
+    undo();
+    expect(patcher.isInPlace(change)).toBe(true);
+    remap(0, undefined);
+    expect(patcher.isInPlace(change)).toBe(false);
+  });
+
+  test('is taken out of frames that nobody has used since, and others stay as they are', () => {
+    const { memory, trapped, journal, remap, patcher, apply } = twoPageGuest();
+    const before = Buffer.from(memory);
+    const change = apply('x', both);
+    remap(0, undefined);
+    remap(1, undefined);
+    memory[0x1010] = 0x5a;
+    expect(patcher.isInPlace(change)).toBe(false);
+    const second = Buffer.from(memory.subarray(0x1000, 0x1020));
+    patcher.revertUntouched(change);
+    second.copy(before, 0x1000);
+    expect(memory).toEqual(before);
+    expect([[...trapped], journal.outstanding]).toEqual([[], 0]);
+  });
+
+  test('stays as it is where the guest was seen to write: what it did not write may be its own all the same', () => {
+    const { memory, journal, remap, patcher, apply } = twoPageGuest();
+    const change = apply('x', both);
+    remap(0, undefined);
+    memory.fill(0, 0x2000, 0x3000);
+    patcher.reconcile(0x2fe0n, undefined);
+    memory[0x2fff] = 0xcc;
+    patcher.reconcile(0x2fffn, 1);
+    const after = Buffer.from(memory);
+    patcher.revertUntouched(change);
+    expect(memory.subarray(0x2000, 0x3000)).toEqual(after.subarray(0x2000, 0x3000));
+    expect(journal.outstanding).toBe(0);
+  });
+});

@@ -13,7 +13,7 @@ import { failingHypervisor } from '../support/failing-hypervisor.js';
 
 /** Two pages of guest memory, neighbours by GVA, swapped by GPA. */
 export const GVA = 0xffff_f800_0000_1000n;
-const PAGES = [0x2000n, 0x1000n];
+const PAGES: readonly (bigint | undefined)[] = [0x2000n, 0x1000n];
 /** Crosses from the first page to the second. */
 export const CROSSING = { gva: GVA + 0xffdn, bytes: Buffer.from('e911223344', 'hex') };
 
@@ -21,11 +21,12 @@ export const CROSSING = { gva: GVA + 0xffdn, bytes: Buffer.from('e911223344', 'h
 export function twoPageGuest() {
   const memory = Buffer.from(Array.from({ length: 0x4000 }, (_, i) => i % 251));
   const trapped = new Set<bigint>();
+  const pages = [...PAGES];
   const hypervisor = {
     readPhysical: (gpa: bigint, length: number) => memory.subarray(Number(gpa), Number(gpa) + length),
     writePhysical: (gpa: bigint, bytes: Uint8Array) => void memory.set(bytes, Number(gpa)),
     translate: (_: bigint, gva: bigint) => {
-      const page = PAGES[Number((gva - GVA) >> 12n)];
+      const page = pages[Number((gva - GVA) >> 12n)];
       return page === undefined ? undefined : page + (gva & 0xfffn);
     },
     trapAccess: (gfn: bigint) => void trapped.add(gfn),
@@ -50,5 +51,12 @@ export function twoPageGuest() {
     patcher.apply(change);
     return change;
   };
-  return { memory, trapped, failing, journal, cloaks, instructions, patcher, apply };
+  /** Maps a page to another frame, or to none; returns how to undo it. */
+  const remap = (page: number, gpa: bigint | undefined) => {
+    pages[page] = gpa;
+    return () => {
+      pages[page] = PAGES[page];
+    };
+  };
+  return { memory, trapped, remap, failing, journal, cloaks, instructions, patcher, apply };
 }
