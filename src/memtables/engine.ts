@@ -62,7 +62,7 @@ export class Engine {
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
     const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
     this.#images = new KernelImages(kernel, readOriginal);
-    this.#slack = new SlackOfImages(kernel, kernel.memory);
+    this.#slack = new SlackOfImages(this.#images.permanent(), kernel.memory);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
     this.#monitor = new Monitor(
       hypervisor,

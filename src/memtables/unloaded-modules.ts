@@ -42,7 +42,8 @@ export class UnloadedModules {
   }
 
   #inModules(): Redirection[] {
-    return this.redirections.all().filter(({ at }) => !this.nt.contains(at));
+    const isInNt = ({ at, slack }: Redirection) => this.nt.contains(at) && this.nt.contains(slack.gva);
+    return this.redirections.all().filter((redirection) => !isInNt(redirection));
   }
 
   #isLost({ jump, code }: Redirection): boolean {

@@ -4,7 +4,6 @@ import { DIRECTORY, imageInvalid, type PeImage, viewOf } from './pe.js';
 const DIRECTORY_SIZE = 40;
 /** ntoskrnl.exe has about 3,000; ordinals are 16 bits wide. */
 const MAX_EXPORTS = 65536;
-const MAX_NAME_LENGTH = 512;
 /** Names are short: a hostile table that points all of them at one long string must not cost more. */
 const MAX_NAME_BYTES = 4 << 20;
 
@@ -34,7 +33,7 @@ export class ExportTable {
     const forwarders = new Set<string>();
     let nameBytes = 0;
     for (let index = 0; index < nameCount; index++) {
-      const name = readName(image, names.getUint32(index * 4, true));
+      const name = image.readName(names.getUint32(index * 4, true), 'an export');
       nameBytes += name.length;
       const ordinal = ordinals.getUint16(index * 2, true);
       if (ordinal >= functionCount || nameBytes > MAX_NAME_BYTES) {
@@ -69,13 +68,4 @@ export class ExportTable {
       context: { name },
     });
   }
-}
-
-function readName(image: PeImage, rva: number): string {
-  const length = Math.min(MAX_NAME_LENGTH, image.sizeOfImage - rva);
-  if (length <= 0) throw imageInvalid('the name of an export lies outside the image', { rva });
-  const bytes = Buffer.from(image.read(rva, length));
-  const end = bytes.indexOf(0);
-  if (end === -1) throw imageInvalid('the name of an export does not end', { rva });
-  return bytes.toString('latin1', 0, end);
 }

@@ -1,6 +1,7 @@
 import { type ErrorCode, MemtablesError } from '../errors.js';
 import { firstIndex } from '../first-index.js';
 import { type Gva, PAGE_SIZE } from '../vmi/address.js';
+import { importedFiles } from './imports.js';
 import type { GvaRange, Kernel } from './kernel.js';
 import { KernelImage, type MappedReader, readImage } from './kernel-image.js';
 import { loadedModules, type Module } from './modules.js';
@@ -76,6 +77,12 @@ export class KernelImages {
       return file === wanted || file.replace(/\.[^.]*$/, '') === wanted;
     });
     return module && this.#imageOf(module);
+  }
+
+  /** The images that are never unloaded: NT's, and those that it imports from itself. */
+  permanent(): [nt: KernelImage, ...others: KernelImage[]] {
+    const imported = namesOfImports(this.nt).map((name) => this.named(name));
+    return [this.nt, ...imported.filter((image) => image instanceof KernelImage)];
   }
 
   /** Whether the image still lies where it did: a module may have been unloaded, and another one loaded there. */
@@ -158,6 +165,16 @@ export class KernelImages {
       (sum, image) => sum + (image === 'unreadable' ? 0 : image.image.sizeOfImage),
       0,
     );
+  }
+}
+
+/** None where Windows has discarded what names them. */
+function namesOfImports({ image }: Kernel): string[] {
+  try {
+    return importedFiles(image);
+  } catch (error) {
+    if (error instanceof MemtablesError && error.code === 'IMAGE_INVALID') return [];
+    throw error;
   }
 }
 

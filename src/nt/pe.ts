@@ -38,7 +38,7 @@ export interface ImageBytes {
   sectionAt(rva: number): Section | undefined;
 }
 
-export const DIRECTORY = { export: 0, exception: 3, debug: 6 } as const;
+export const DIRECTORY = { export: 0, import: 1, exception: 3, debug: 6 } as const;
 
 const DOS_HEADER_SIZE = 64;
 const DOS_MAGIC = 0x5a4d;
@@ -70,6 +70,9 @@ const SECTION_DISCARDABLE = 0x02000000;
 const SECTION_NOT_PAGED = 0x08000000;
 const SECTION_EXECUTE = 0x20000000;
 const SECTION_WRITE = 0x80000000;
+
+/** Of functions and files; the longest real ones have a few hundred bytes. */
+const MAX_NAME_LENGTH = 512;
 
 const DEBUG_ENTRY_SIZE = 28;
 const MAX_DEBUG_ENTRIES = 64;
@@ -201,6 +204,16 @@ export class PeImage implements ImageBytes {
   /** @throws MemtablesError `IMAGE_INVALID` */
   readU32(rva: number): number {
     return viewOf(this.read(rva, 4)).getUint32(0, true);
+  }
+
+  /** The name at `rva`, which ends with a zero; `what` it is the name of. @throws MemtablesError `IMAGE_INVALID` */
+  readName(rva: number, what: string): string {
+    const length = Math.min(MAX_NAME_LENGTH, this.sizeOfImage - rva);
+    if (length <= 0) throw imageInvalid(`the name of ${what} lies outside the image`, { rva });
+    const bytes = Buffer.from(this.read(rva, length));
+    const end = bytes.indexOf(0);
+    if (end === -1) throw imageInvalid(`the name of ${what} does not end`, { rva });
+    return bytes.toString('latin1', 0, end);
   }
 
   sectionAt(rva: number): Section | undefined {

@@ -16,21 +16,23 @@ export interface Slack {
 }
 
 /**
- * The slack of NT and of modules. Code of a module may lead to NT's, and to the module's own, as far as that is in
- * reach; code of NT to NT's only: all other slack goes away when its module is unloaded.
+ * The slack of NT and of modules. Code may lead to that of its own image and to that of images which are never
+ * unloaded, as far as it is in reach: all other slack goes away with its module.
  */
 export class SlackOfImages {
   readonly #allocators = new WeakMap<KernelImage, SlackAllocator>();
   readonly #takenFrom = new WeakMap<SlackBlock, SlackAllocator>();
 
+  /** @param permanent the images that are never unloaded; their slack is used in this order */
   constructor(
-    private readonly nt: KernelImage,
+    private readonly permanent: readonly [nt: KernelImage, ...others: KernelImage[]],
     private readonly memory: GuestMemory,
   ) {}
 
-  /** What the code of `image` may lead to, NT's first. */
+  /** What the code of `image` may lead to: NT's first, then its own. */
   for(image: KernelImage): Slack {
-    const owners = [...new Set([this.nt, image])].filter((owner) => isInReach(owner, image));
+    const [nt, ...others] = this.permanent;
+    const owners = [...new Set([nt, image, ...others])].filter((owner) => isInReach(owner, image));
     const allocators = owners.map((owner) => this.#allocatorOf(owner));
     return {
       get freeBytes() {
@@ -43,7 +45,7 @@ export class SlackOfImages {
 
   /** Makes the block's space available again. The caller has zeroed it, unless its module has been unloaded. */
   free(block: SlackBlock): void {
-    (this.#takenFrom.get(block) ?? this.#allocatorOf(this.nt)).free(block);
+    (this.#takenFrom.get(block) ?? this.#allocatorOf(this.permanent[0])).free(block);
   }
 
   /** Size of all slack of `images`, and of what is free of it. */

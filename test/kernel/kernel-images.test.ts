@@ -39,6 +39,21 @@ function guestWithDriver() {
   return { guest, entry, images };
 }
 
+/** Gives NT an import table. */
+function importInto(guest: FakeGuest, files: readonly string[]): void {
+  const table = Buffer.alloc((files.length + 1) * 20);
+  files.forEach((file, index) => {
+    const name = 0x4500 + index * 0x20;
+    table.writeUInt32LE(name, index * 20 + 12);
+    guest.write(guest.base + BigInt(name), Buffer.from(`${file}\0`, 'latin1'));
+  });
+  guest.write(guest.base + 0x4400n, table);
+  const directory = Buffer.alloc(8);
+  directory.writeUInt32LE(0x4400, 0);
+  directory.writeUInt32LE(table.length, 4);
+  guest.write(guest.base + 0x98n + 112n + 8n, directory);
+}
+
 describe('the images of the kernel', () => {
   it('are found by any address inside them, and none beside them', () => {
     const { guest, images } = guestWithDriver();
@@ -118,6 +133,21 @@ describe('the images of the kernel', () => {
     expect(all.moduleCount).toBe(2);
     expect(all.at(guest.base + 0x1000n)).toBe(all.nt);
     expect(all.named('over-driver')).toBeUndefined();
+  });
+
+  it('are never unloaded if NT itself imports from them', () => {
+    const { guest, images } = guestWithDriver();
+    guest.loadModule('ci.dll', DRIVER + 0x10_0000n, driver());
+    const names = () =>
+      images()
+        .permanent()
+        .map(({ name }) => name);
+    expect(names()).toEqual(['nt']);
+    importInto(guest, ['gone.dll', 'CI.dll']);
+    expect(names()).toEqual(['nt', 'ci.dll']);
+    // What Windows has discarded may be anything.
+    guest.write(guest.base + 0x4400n, Buffer.alloc(0x100, 0xff));
+    expect(names()).toEqual(['nt']);
   });
 
   it('are read up to 256 MB in all: a hostile list must not fill our memory', () => {

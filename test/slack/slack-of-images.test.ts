@@ -22,11 +22,11 @@ const nt = image('nt', NT_BASE, 100);
 const exhausted = expect.objectContaining({ code: 'SLACK_EXHAUSTED' });
 
 /** Memory in which only the images' code is not zero, and what is `missing` is not mapped. */
-function slackOf(missing?: KernelImage): SlackOfImages {
+function slackOf(missing?: KernelImage, ...permanent: KernelImage[]): SlackOfImages {
   const memory = {
     readIfMapped: (gva: Gva, length: number) => (missing?.contains(gva) ? undefined : Buffer.alloc(length)),
   } as Partial<GuestMemory> as GuestMemory;
-  return new SlackOfImages(nt, memory);
+  return new SlackOfImages([nt, ...permanent], memory);
 }
 
 describe('the slack of images', () => {
@@ -44,7 +44,26 @@ describe('the slack of images', () => {
     expect(() => slack.allocate(201)).toThrow(exhausted);
   });
 
-  it("NT's code leads to NT's only, and no module's to another one's", () => {
+  it('the last resort is that of modules which are never unloaded', () => {
+    const [own, permanent] = [
+      image('a.sys', NT_BASE + GIGABYTE, 200),
+      image('ci.dll', NT_BASE + 0x10_0000n, 300),
+    ];
+    const all = slackOf(undefined, permanent);
+    const slack = all.for(own);
+    const places = [80, 180, 280].map((size) => slack.allocate(size).gva);
+    expect([nt, own, permanent].map((each, index) => each.contains(places[index]!))).toEqual([
+      true,
+      true,
+      true,
+    ]);
+    expect(permanent.contains(all.for(nt).allocate(20).gva)).toBe(false);
+    expect(all.for(nt).freeBytes).toBe(20);
+    const far = image('far.sys', NT_BASE + 4n * GIGABYTE, 50);
+    expect(all.for(far).freeBytes).toBe(50);
+  });
+
+  it("NT's code leads to no module's, and no module's to another one's", () => {
     const [one, other] = [image('a.sys', NT_BASE + GIGABYTE, 200), image('b.sys', NT_BASE + 0x10_0000n, 300)];
     const all = slackOf();
     expect(all.for(other).freeBytes).toBe(400);
