@@ -132,7 +132,7 @@ export interface Form {
   /** What the handler stands in for: where it ends is compared. */
   readonly replaces: 'load' | 'switch';
   /** What the code at a case needs. */
-  readonly live?: Liveness;
+  readonly live?: Liveness | undefined;
   /** What the handler may leave in the arena, given what was there; without it, no change at all. */
   memoryAfter?(before: Buffer, prepared: Prepared): Buffer;
 }
