@@ -14,7 +14,7 @@ class Shadows {
  public:
   explicit Shadows(Vcpu& vcpu) : vcpu_(vcpu) {}
   ~Shadows() {
-    for (unsigned index = 0; index < used_; index++) vcpu_.forgetCode(vcpu_.shadowFrame(index));
+    for (const uint64_t frame : executed_) vcpu_.forgetCode(frame);
     vcpu_.grants.clear();
     vcpu_.forgetTranslations();
   }
@@ -30,12 +30,15 @@ class Shadows {
       memset(bytes, 0, kPageSize);
     }
     vcpu_.grants.push_back({page, access, vcpu_.shadowFrame(index)});
+    if (access == kExecute) executed_.push_back(vcpu_.shadowFrame(index));
     return bytes;
   }
 
  private:
   Vcpu& vcpu_;
   unsigned used_ = 0;
+  /** Dropping code is dear, and most shadows hold data. */
+  std::vector<uint64_t> executed_;
 };
 
 /** Lets the pieces through; those of one page and access share a shadow. */
