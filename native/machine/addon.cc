@@ -1,6 +1,8 @@
 // The machine as JavaScript sees it: src/machine/native.ts has the types. Every argument is checked here, since
 // nothing behind this file does.
 #include <napi.h>
+#include <poll.h>
+#include <uv.h>
 
 #include <cstring>
 #include <memory>
@@ -77,6 +79,14 @@ enum ReportWord : size_t {
 };
 static_assert(kLongestInstruction <= (kReportWords - kReportCode) * sizeof(uint64_t));
 constexpr uint64_t kNoReport = ~0ull;
+
+/** Whether something has come in for the thread's event loop: it watches one descriptor for all of its own. */
+bool inputWaits(Napi::Env env) {
+  uv_loop_t* loop = nullptr;
+  if (napi_get_uv_event_loop(env, &loop) != napi_ok) return false;
+  pollfd watched{uv_backend_fd(loop), POLLIN, 0};
+  return poll(&watched, 1, 0) > 0;
+}
 
 class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
  public:
@@ -317,8 +327,11 @@ class NativeMachine : public Napi::ObjectWrap<NativeMachine> {
 
   Napi::Value run(Info info) {
     const uint64_t microseconds = integer(info, 0, "microseconds", kMostMicroseconds);
-    const auto result = machine_->run(microseconds * kNanosecondsPerMicrosecond);
-    report(info, 1, result.report);
+    if (!info[1].IsBoolean()) refuse(info.Env(), "untilInput must be a boolean");
+    const bool untilInput = info[1].As<Napi::Boolean>();
+    const auto called = [&] { return untilInput && inputWaits(info.Env()); };
+    const auto result = machine_->run(microseconds * kNanosecondsPerMicrosecond, called);
+    report(info, 2, result.report);
     return Napi::Boolean::New(info.Env(), result.idle);
   }
 

@@ -137,7 +137,7 @@ std::optional<Report> Machine::runSlice(Vcpu& vcpu) {
   return std::nullopt;
 }
 
-Machine::RunResult Machine::run(uint64_t nanoseconds) {
+Machine::RunResult Machine::run(uint64_t nanoseconds, const std::function<bool()>& called) {
   const uint64_t started = now();
   board_.runStarted = started;
   const auto finish = [&](RunResult result) {
@@ -155,7 +155,7 @@ Machine::RunResult Machine::run(uint64_t nanoseconds) {
         if (!canRun(current)) continue;
         idle = false;
         if (auto report = runSlice(current)) return finish({report, false});
-        if (now() - started >= nanoseconds) return finish({});
+        if (now() - started >= nanoseconds || called()) return finish({});
       }
       if (idle) return finish({std::nullopt, true});
     }

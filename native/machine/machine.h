@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -46,7 +47,8 @@ class Machine {
     std::optional<Report> report;
     bool idle = false;
   };
-  RunResult run(uint64_t nanoseconds);
+  /** Comes back early where `called`, asked after every turn of a vCPU, says that the thread is needed. */
+  RunResult run(uint64_t nanoseconds, const std::function<bool()>& called);
 
   struct StepResult {
     std::optional<Report> report;

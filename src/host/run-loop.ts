@@ -1,11 +1,8 @@
 import type { Machine } from '../machine/machine.js';
 import type { Introspection } from './introspection.js';
 
-/** While the tool is at work its messages wait at most this long, in microseconds. */
-const ATTENTIVE_SLICE = 30;
-const QUIET_SLICE = 1000;
-/** How long after its last message the tool counts as being at work, in milliseconds. */
-const ATTENTIVE_MS = 5;
+/** How long the guest runs where nothing comes in: a timer of this process may be late by as much. */
+const SLICE_MICROSECONDS = 1000;
 /** An idle guest is looked at again this often: its timer may be due. */
 const IDLE_MS = 1;
 
@@ -14,7 +11,6 @@ export class RunLoop {
   private immediate: NodeJS.Immediate | undefined;
   private timeout: NodeJS.Timeout | undefined;
   private stopped = false;
-  private lastMessage = Number.NEGATIVE_INFINITY;
 
   constructor(
     private readonly machine: Machine,
@@ -27,7 +23,6 @@ export class RunLoop {
 
   /** Something came in that may let a vCPU run. */
   wake(): void {
-    this.lastMessage = performance.now();
     this.schedule();
   }
 
@@ -48,7 +43,7 @@ export class RunLoop {
     // Nothing can run before the tool answers: leave the thread to the socket.
     if (this.introspection.blocked) return;
     try {
-      const { traps, idle } = this.machine.run(this.slice());
+      const { traps, idle } = this.machine.run(SLICE_MICROSECONDS, true);
       this.introspection.trapped(traps);
       if (idle && traps.length === 0) this.timeout = setTimeout(() => this.schedule(), IDLE_MS);
       else this.schedule();
@@ -56,11 +51,5 @@ export class RunLoop {
       this.stop();
       this.onFailure(error);
     }
-  }
-
-  private slice(): number {
-    const attentive =
-      this.introspection.outstanding > 0 || performance.now() - this.lastMessage < ATTENTIVE_MS;
-    return attentive ? ATTENTIVE_SLICE : QUIET_SLICE;
   }
 }

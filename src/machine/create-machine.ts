@@ -138,13 +138,13 @@ class EmbeddedMachine implements Machine {
     this.#call((native) => native.retry(vcpu));
   }
 
-  run(microseconds: number): { readonly traps: readonly Trap[]; readonly idle: boolean } {
+  run(microseconds: number, untilInput = false): { readonly traps: readonly Trap[]; readonly idle: boolean } {
     const started = performance.now();
     let left = microseconds;
     do {
       const traps = this.#takeUndelivered();
       if (traps.length > 0) return { traps, idle: false };
-      const idle = this.#call((native) => native.run(left, this.#block.words));
+      const idle = this.#call((native) => native.run(left, untilInput, this.#block.words));
       const report = this.#block.read();
       if (report === undefined) return { traps: [], idle };
       const trap = this.#trapOf(report);

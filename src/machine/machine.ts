@@ -73,9 +73,13 @@ export interface Machine {
 
   /**
    * Runs the vCPUs that can run, in turn, for about `microseconds` of wall time. Returns early, with the traps
-   * that are new, as soon as there are any. `idle` says that no vCPU could run.
+   * that are new, as soon as there are any. `idle` says that no vCPU could run. With `untilInput` it also returns,
+   * within about 100 microseconds, once something has come in for this thread's event loop; a timer is not input.
    */
-  run(microseconds: number): { readonly traps: readonly Trap[]; readonly idle: boolean };
+  run(
+    microseconds: number,
+    untilInput?: boolean,
+  ): { readonly traps: readonly Trap[]; readonly idle: boolean };
   /**
    * Runs one vCPU for exactly `instructions` (fewer at a trap, a halt); returns how many retired. An iteration of
    * a repeated string instruction counts as one, and so do MOV SS or POP SS with the instruction behind.

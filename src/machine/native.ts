@@ -27,7 +27,7 @@ export interface NativeMachine {
   raiseInterrupt(vcpu: number, vector: number): void;
   setTimer(vector: number, microseconds: number): void;
   /** Returns whether no vCPU could run. */
-  run(microseconds: number, report: BigUint64Array): boolean;
+  run(microseconds: number, untilInput: boolean, report: BigUint64Array): boolean;
   /** Returns how many instructions retired. */
   step(vcpu: number, instructions: number, report: BigUint64Array): number;
   takeConsole(): Buffer;

@@ -1,4 +1,7 @@
 // Pausing, setting registers, several vCPUs and machines, wrong arguments.
+import { once } from 'node:events';
+import { type AddressInfo, connect, createServer } from 'node:net';
+import { setImmediate as eventLoopRound } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { createMachine } from '../../src/machine/create-machine.js';
 import { ACCESS_EXECUTE, type Machine } from '../../src/machine/machine.js';
@@ -21,6 +24,31 @@ function count(vcpu: number): void {
 function counted(vcpu: number): bigint {
   return machine.registers(vcpu).rax;
 }
+
+describe('a long run', () => {
+  it('ends after the turn of one vCPU when there is something to be read on this thread', async () => {
+    const server = createServer().listen(0, '127.0.0.1');
+    await once(server, 'listening');
+    const client = connect((server.address() as AddressInfo).port);
+    const [peer] = await once(server, 'connection');
+    try {
+      const received = once(peer, 'data');
+      await eventLoopRound();
+      client.write('x');
+      count(0);
+      expect(machine.run(200_000, true)).toEqual({ traps: [], idle: false });
+      const turn = counted(0);
+      expect(turn).toBeGreaterThan(0n);
+      machine.run(200_000);
+      expect(counted(0)).toBeGreaterThan(3n * turn);
+      expect(String(await received)).toBe('x');
+    } finally {
+      client.destroy();
+      peer.destroy();
+      server.close();
+    }
+  });
+});
 
 describe('a paused vCPU', () => {
   it('runs no instruction, whoever else runs, until it was resumed as often as paused', () => {
