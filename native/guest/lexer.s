@@ -1,6 +1,6 @@
 # Real code on this kernel: the lexer of tree-sitter's C grammar, as MSVC compiled it, out of the module. A thread
-# reads one text over and over; what it finds must be the same every time. It is called as tree-sitter's own parser
-# calls it, but for the parser, which would know what mode to lex in: every mode has its turn.
+# reads the pieces of a text over and over; what it finds in each must be the same every time. The lexer is called as
+# tree-sitter's parser calls it; only that a parser knows what mode to lex in, and here every mode has its turn.
 .include "guest.inc"
 
 # TSLexer of tree-sitter's parser.h, without the callbacks that this grammar does not use. What is ours lies behind it.
@@ -39,19 +39,39 @@ frame_function WlLexerThread, 0x28
     mov     rbx, rcx
     mov     ecx, 1
     call    KeDelayExecutionThread
-    call    WlLexText
-    mov     [rip + WlReport + REPORT_LEXER_CHECKSUM], eax
+    lea     rsi, [rip + WlReport]
+.Lnext_pass:
+    xor     edi, edi                            # the piece
+    xor     ebp, ebp                            # checksum of the pass
+.Lnext_piece:
+    mov     ecx, edi
+    call    WlLexPiece
+    rol     ebp, 5
+    xor     ebp, eax
+    mov     rdx, [rbx + BOOT_CHECKSUMS]
+    cmp     qword ptr [rsi + REPORT_LEXER_PASSES], 0
+    jne     .Lcompare_piece
+    mov     [rdx + rdi * 4], eax
+.Lcompare_piece:
+    cmp     [rdx + rdi * 4], eax
+    je      .Lpiece_done
+    inc     qword ptr [rsi + REPORT_LEXER_MISMATCHES]
+.Lpiece_done:
+    inc     qword ptr [rsi + REPORT_LEXER_PIECES]
+    inc     edi
+    cmp     edi, [rbx + BOOT_TEXT_PIECES]
+    jb      .Lnext_piece
+    cmp     qword ptr [rsi + REPORT_LEXER_PASSES], 0
+    jne     .Lpass_done
+    mov     [rsi + REPORT_LEXER_CHECKSUM], ebp
 .Lpass_done:
-    inc     qword ptr [rip + WlReport + REPORT_LEXER_PASSES]
-    call    WlLexText
-    cmp     eax, [rip + WlReport + REPORT_LEXER_CHECKSUM]
-    je      .Lpass_done
-    inc     qword ptr [rip + WlReport + REPORT_LEXER_MISMATCHES]
-    jmp     .Lpass_done
+    inc     qword ptr [rsi + REPORT_LEXER_PASSES]
+    jmp     .Lnext_pass
 end_frame_function
 
-# RBX = boot block; EAX = checksum of the text's tokens.
-frame_function WlLexText, LEXER_ALL_BYTES + 0x20, rbx, rbp, rsi, rdi, r12, r13, r14
+# RBX = boot block, ECX = number of a piece; EAX = checksum of its tokens.
+frame_function WlLexPiece, LEXER_ALL_BYTES + 0x20, rbx, rbp, rsi, rdi, r12, r13, r14
+    mov     r13d, ecx                           # the mode
     lea     rsi, [rsp + 0x20]
     mov     rdi, rsi
     xor     eax, eax
@@ -63,21 +83,23 @@ frame_function WlLexText, LEXER_ALL_BYTES + 0x20, rbx, rbp, rsi, rdi, r12, r13, 
     mov     [rsi + LEXER_MARK_END], rax
     lea     rax, [rip + WlLexerEof]
     mov     [rsi + LEXER_EOF], rax
-    mov     rax, [rbx + BOOT_TEXT]
-    mov     [rsi + LEXER_TEXT], rax
-    mov     eax, [rbx + BOOT_TEXT_BYTES]
+    mov     eax, [rbx + BOOT_PIECE_BYTES]
     mov     [rsi + LEXER_TEXT_BYTES], eax
+    imul    eax, r13d
+    add     rax, [rbx + BOOT_TEXT]
+    mov     [rsi + LEXER_TEXT], rax
     call    [rbx + BOOT_LANGUAGE]
     mov     rbx, rax
     xor     r12d, r12d                          # the checksum
-    xor     r13d, r13d                          # the mode
     xor     r14d, r14d                          # where the next token begins
 .Lnext_token:
     add     r13d, MODE_STEP
     mov     eax, [rbx + LANGUAGE_STATES]
+.Lmode_too_large:
     cmp     r13d, eax
     jb      .Lmode_known
     sub     r13d, eax
+    jmp     .Lmode_too_large
 .Lmode_known:
     mov     eax, r13d
     call    WlLexInMode

@@ -47,7 +47,9 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
       event: (event) => output.result(event, COUNTED.has(event.type) ? undefined : describe(event)),
       phaseBegins: (name) => log.info(`phase '${name}', ${options.seconds} s`),
       phaseGoesOn: (name) =>
-        log.info(`phase '${name}' goes on until the guest's integrity checker has been through once`),
+        log.info(
+          `phase '${name}' goes on until the guest's integrity checker and its lexer have been through once`,
+        ),
       phaseEnded: (name, phase) =>
         output.result({ type: 'phase', name, ...phase }, describePhase(name, phase)),
     },
@@ -95,6 +97,14 @@ function phaseTable(phases: DemoSummary['phases']): string[] {
   ];
 }
 
+function describeLexer(lexer: DemoSummary['guest']['lexer']): string {
+  if (lexer === undefined) return 'no real code ran in the guest: `npm run binaries` fetches it';
+  return (
+    `the lexer of tree-sitter-c.node: ${plural(lexer.pieces, 'piece')} of text, ${plural(lexer.tokens, 'token')}, ` +
+    (lexer.mismatches === 0 ? 'the same in every phase' : `DIFFERENT in ${plural(lexer.mismatches, 'piece')}`)
+  );
+}
+
 function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): string {
   const speedup = rate(phases.relocated, 'one-level') / rate(phases.hooked, 'one-level');
   const ofUnhooked = rate(phases.relocated, 'one-level') / rate(phases.unhooked, 'one-level');
@@ -106,6 +116,7 @@ function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): st
     `one-level switches: ${speedup.toFixed(0)} times as fast as with trapped tables, ${ofUnhooked.toFixed(2)} of the unhooked rate`,
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
     `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,
+    describeLexer(guest.lexer),
     `the guest: checksums ${guest.checksumOk ? 'right' : 'WRONG'}, ${plural(guest.integritySweeps, 'integrity sweep')} with ` +
       `${plural(guest.integrityMismatches, 'mismatch', 'mismatches')}, ${guest.identicalAfterUnload ? 'identical' : 'DIFFERENT'} after unload`,
   ].join('\n');

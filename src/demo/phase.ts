@@ -21,6 +21,8 @@ export interface Phase extends FormCounts {
   readonly byForm: Readonly<Record<SwitchForm, FormCounts>>;
   /** Sweeps of the guest's integrity checker that began and ended in the phase. */
   readonly integritySweeps: number;
+  /** Pieces of its text that the lexer has begun and ended in the phase; 0 where the guest has no module. */
+  readonly lexerPieces: number;
 }
 
 /** The difference between two looks at the host. */
@@ -41,6 +43,7 @@ export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
     readViolations: sum(FORMS.map((form) => byForm[form].readViolations)),
     byForm,
     integritySweeps: fullSweeps(from, to),
+    lexerPieces: fullPieces(from, to),
   };
 }
 
@@ -48,9 +51,21 @@ export function secondsBetween(from: HostStatistics, to: HostStatistics): number
   return (to.uptimeMs - from.uptimeMs) / 1000;
 }
 
-/** The sweep that ended first had begun before `from`. */
 export function fullSweeps(from: HostStatistics, to: HostStatistics): number {
-  const ended = (to.guest?.integritySweeps ?? 0) - (from.guest?.integritySweeps ?? 0);
+  return begunAndEnded(from, to, (guest) => guest.integritySweeps);
+}
+
+export function fullPieces(from: HostStatistics, to: HostStatistics): number {
+  return begunAndEnded(from, to, (guest) => guest.lexer?.pieces ?? 0);
+}
+
+/** The one that ended first had begun before `from`. */
+function begunAndEnded(
+  from: HostStatistics,
+  to: HostStatistics,
+  count: (guest: NonNullable<HostStatistics['guest']>) => number,
+): number {
+  const ended = (to.guest ? count(to.guest) : 0) - (from.guest ? count(from.guest) : 0);
   return Math.max(0, ended - 1);
 }
 

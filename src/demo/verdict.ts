@@ -10,6 +10,8 @@ export interface GuestVerdict {
   readonly integritySweeps: number;
   readonly integrityMismatches: number;
   readonly identicalAfterUnload: boolean;
+  /** Absent where the guest has no module. */
+  readonly lexer?: NonNullable<HostStatistics['guest']>['lexer'];
 }
 
 /** More threads than the guest has. */
@@ -30,6 +32,20 @@ export function guestShortcomings(phases: Phases, guest: GuestVerdict): string[]
   if (!guest.identicalAfterUnload) found.push('the kernel image differs after unload');
   for (const [name, phase] of Object.entries(phases)) {
     if (phase.integritySweeps < 1) found.push(`no full integrity sweep in the ${name} phase`);
+  }
+  return found;
+}
+
+/** What the lexer of the guest's module should have shown: the same tokens in every phase. */
+export function lexerShortcomings(phases: Phases, { lexer }: GuestVerdict): string[] {
+  const found: string[] = [];
+  if (lexer !== undefined && lexer.mismatches > 0) {
+    found.push(
+      `the guest's lexer found other tokens than at first in ${lexer.mismatches} pieces of its text`,
+    );
+  }
+  for (const [name, phase] of Object.entries(phases)) {
+    if (phase.lexerPieces < 1) found.push(`the guest's lexer read no piece of its text in the ${name} phase`);
   }
   return found;
 }

@@ -13,9 +13,13 @@ export interface GuestOptions {
   readonly image: Buffer;
   /** Chooses the kernel base, the physical placement and the workload; 32 bits. */
   readonly seed: number;
-  /** Loaded besides the kernel; its lexer reads the text, at least one byte, over and over. */
+  /** Loaded besides the kernel; its lexer reads the text over and over: at least one piece, and only whole ones. */
   readonly module?: Pick<GuestModule, 'image' | 'languageFunction'> & { readonly text: Uint8Array };
 }
+
+/** Each piece of the lexer's text is compared for itself: so short that one ends soon where every switch is a trap. */
+export const LEXER_PIECE_BYTES = 512;
+const CHECKSUM_BYTES = 4;
 
 /** Where a guest was put. */
 export interface LoadedGuest {
@@ -52,7 +56,9 @@ export const BOOT_BLOCK = {
   moduleEntry: 0x78,
   language: 0x80,
   text: 0x88,
-  textBytes: 0x90,
+  textPieces: 0x90,
+  pieceBytes: 0x98,
+  checksums: 0xa0,
 } as const;
 
 const PAGE = BigInt(PAGE_SIZE);
@@ -134,7 +140,11 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
   placement.map(userCodeAlias, userCodeFrame, { write: true });
 
   const text = userCodeAlias + 2n * PAGE;
+  const textBytes = module?.text.length ?? 0;
   placement.mapBytes(text, module?.text ?? new Uint8Array());
+  const textPieces = Math.floor(textBytes / LEXER_PIECE_BYTES);
+  const checksums = text + BigInt(Math.ceil(textBytes / PAGE_SIZE) + 1) * PAGE;
+  placement.mapZeroed(checksums, Math.ceil((textPieces * CHECKSUM_BYTES) / PAGE_SIZE));
 
   const userCr3 = placement.createProcess();
   const userCode = placement.choose(USER_CODE_REGION);
@@ -174,7 +184,9 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
     moduleEntry: loadedModule?.entryPoint ?? 0n,
     language: loadedModule?.language ?? 0n,
     text,
-    textBytes: BigInt(module?.text.length ?? 0),
+    textPieces: BigInt(textPieces),
+    pieceBytes: BigInt(LEXER_PIECE_BYTES),
+    checksums,
   };
   const block = Buffer.alloc(PAGE_SIZE);
   for (const [name, offset] of Object.entries(BOOT_BLOCK)) {

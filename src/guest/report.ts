@@ -19,13 +19,15 @@ export interface StreamReport {
 
 /** What the lexer of the module has done. */
 export interface LexerReport {
+  /** Pieces of the text that it has read. */
+  readonly pieces: bigint;
   /** Times it has read the whole text. */
   readonly passes: bigint;
-  /** Of all passes, and so far of the one under way. */
+  /** Found so far. */
   readonly tokens: bigint;
-  /** Of the tokens of the first pass. */
+  /** Of the tokens of the first pass; 0 until it has ended. */
   readonly checksum: number;
-  /** Passes with another checksum. */
+  /** Pieces in which a later pass has found other tokens than the first. */
   readonly mismatches: bigint;
 }
 
@@ -40,7 +42,7 @@ export interface GuestReport {
   /** Per vCPU a one-level and a two-level thread and a one-level stream in its DPC; one of look-alikes. */
   readonly streams: readonly StreamReport[];
   readonly switches: Readonly<Record<SwitchForm, bigint>>;
-  /** Absent until it has read the text once, and where the guest has no module. */
+  /** Absent until it has read a piece, and where the guest has no module. */
   readonly lexer?: LexerReport;
   readonly integrity: {
     /** Full passes over headers, non-writable sections and their slack. */
@@ -87,6 +89,7 @@ const LEXER_TOKENS = 0x78;
 const LEXER_PASSES = 0x80;
 const LEXER_MISMATCHES = 0x88;
 const LEXER_CHECKSUM = 0x90;
+const LEXER_PIECES = 0x98;
 const PROCESSORS = 0xa0;
 const PROCESSOR_BYTES = 0x20;
 const TICKS = 0x00;
@@ -131,13 +134,14 @@ export function readGuestReport(machine: Machine, guest: LoadedGuest): GuestRepo
   const switches = { 'one-level': 0n, 'two-level': 0n, 'look-alike': 0n, lexer: lexed };
   for (const { form, running } of streams) switches[form] += running;
   const first = report.readBigUInt64LE(FIRST_MISMATCH);
-  const passes = report.readBigUInt64LE(LEXER_PASSES);
+  const pieces = report.readBigUInt64LE(LEXER_PIECES);
   return {
     streams,
     switches,
-    ...(passes !== 0n && {
+    ...(pieces !== 0n && {
       lexer: {
-        passes,
+        pieces,
+        passes: report.readBigUInt64LE(LEXER_PASSES),
         tokens: report.readBigUInt64LE(LEXER_TOKENS),
         checksum: report.readUInt32LE(LEXER_CHECKSUM),
         mismatches: report.readBigUInt64LE(LEXER_MISMATCHES),

@@ -24,8 +24,8 @@ const BYTES_PER_MB = 1024 * 1024;
 /** The vector and period of the guest's clock interrupt. */
 const TIMER_VECTOR = 0xd1;
 const TIMER_MICROSECONDS = 1000;
-/** So short that a pass through it ends within seconds where every switch is a trap. */
-const LEXER_TEXT_BYTES = 2048;
+/** So short that the lexer is through it in the seconds before a tool has placed its hooks. */
+const LEXER_TEXT_BYTES = 32 * 1024;
 
 export interface HostOptions {
   /** The introspection tool's unix socket; tried again until it exists. */

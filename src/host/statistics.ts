@@ -87,6 +87,7 @@ function guestStatistics(report: GuestReport): GuestStatistics {
     },
     ...(lexer && {
       lexer: {
+        pieces: Number(lexer.pieces),
         passes: Number(lexer.passes),
         tokens: Number(lexer.tokens),
         checksum: lexer.checksum,

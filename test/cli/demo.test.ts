@@ -2,6 +2,7 @@ import { execFileSync } from 'node:child_process';
 import { readdirSync, readFileSync, rmSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { readGuestModule } from '../../src/guest/lexer-module.js';
 import { type Command, start, temporaryDirectory } from './command.js';
 
 // One directory for each test, so that what a demo leaves behind is seen.
@@ -48,14 +49,16 @@ function expectNothingLeft(): void {
   expect(readdirSync(directory)).toEqual([]);
 }
 
+const module = readGuestModule();
 const count = expect.any(Number);
 const FORM = { switches: count, readViolations: count };
 const PHASE = {
   seconds: count,
   switches: count,
   readViolations: count,
-  byForm: { 'one-level': FORM, 'two-level': FORM, 'look-alike': FORM },
+  byForm: { 'one-level': FORM, 'two-level': FORM, 'look-alike': FORM, lexer: FORM },
   integritySweeps: count,
+  lexerPieces: count,
 };
 
 function summaryOf(command: Command): Record<string, unknown> {
@@ -85,6 +88,9 @@ function summaryShape(options: { vcpus: number; seed: number; hooks: number }) {
       integritySweeps: count,
       integrityMismatches: 0,
       identicalAfterUnload: true,
+      ...(module && {
+        lexer: { pieces: count, passes: count, tokens: count, checksum: count, mismatches: 0 },
+      }),
     },
   };
 }
@@ -94,7 +100,9 @@ describe('the demo', () => {
     const command = demo('--seconds', '1', '--seed', '20260', '--json');
     expect([await command.ended, command.stderr]).toEqual([0, expect.not.stringContaining('memtables:')]);
     const summary = summaryOf(command);
-    expect(summary).toEqual(summaryShape({ vcpus: 2, seed: 20260, hooks: 7 }));
+    expect(summary).toEqual(
+      summaryShape({ vcpus: 2, seed: 20260, hooks: 7 + (module?.defaultHooks.length ?? 0) }),
+    );
     // Not of every switch of the guest do the instructions stand together.
     const { fused, lean, ...others } = summary.encoders as Record<string, number>;
     expect([fused! + lean!, others]).toEqual([summary.relocations, {}]);
@@ -131,6 +139,7 @@ describe('the demo', () => {
   });
 
   test('as text', async () => {
+    const columns = module ? 4 : 3;
     const command = demo('--seconds', '0.1', '--vcpus', '1', '--hook', 'nt!NtCreateFile');
     expect(await command.ended).toBe(0);
     // An unload may have to wait for a thread, or not.
@@ -140,14 +149,17 @@ describe('the demo', () => {
     expect(lines.slice(1, 4).map((line) => line.split(/:? /)[0])).toEqual(['hooked', 'hooked', 'relocated']);
     expect(lines.slice(4, 8)).toEqual([
       '',
-      expect.stringMatching(/^ +one-level +two-level +look-alike$/),
-      expect.stringMatching(/^ +(switches\/s +trapped *){3}$/),
-      expect.stringMatching(/^unhooked +([\d,]+ +0 *){3}$/),
+      expect.stringMatching(module ? /^ +one-level +two-level +look-alike +lexer$/ : /^ .* look-alike$/),
+      expect.stringMatching(new RegExp(`^ +(switches/s +trapped *){${columns}}$`)),
+      expect.stringMatching(new RegExp(`^unhooked +([\\d,]+ +0 *){${columns}}$`)),
     ]);
     expect(lines.slice(8, 10)).toEqual([
-      expect.stringMatching(/^hooked( +[\d,]+){6}$/),
-      expect.stringMatching(/^relocated( +[\d,]+){6}$/),
+      expect.stringMatching(new RegExp(`^hooked( +[\\d,]+){${2 * columns}}$`)),
+      expect.stringMatching(new RegExp(`^relocated( +[\\d,]+){${2 * columns}}$`)),
     ]);
+    expect(command.stdout).toMatch(
+      module ? /\nthe lexer of .*, the same in every phase\n/ : /\nno real code ran .*`npm run binaries`/,
+    );
     expect(command.stdout).toMatch(
       /\n1 hook hidden, \d+ table loads? relocated \((fused|lean) \d+.*\); left alone: /,
     );

@@ -48,6 +48,17 @@ describe('a phase', () => {
     expect(phaseBetween(before, hostStatistics({ sweeps: 7 })).integritySweeps).toBe(0);
   });
 
+  test('counts no piece of text that had been begun before it, and none where there is no lexer', () => {
+    const lexed = (pieces: number) => {
+      const statistics = hostStatistics({});
+      const lexer = { pieces, passes: 1, tokens: 0, checksum: 0, mismatches: 0 };
+      return { ...statistics, guest: { ...statistics.guest!, lexer } };
+    };
+    expect(phaseBetween(lexed(4), lexed(7)).lexerPieces).toBe(2);
+    expect(phaseBetween(lexed(4), lexed(5)).lexerPieces).toBe(0);
+    expect(phaseBetween(before, after).lexerPieces).toBe(0);
+  });
+
   test('of a guest that had not booted counts from zero', () => {
     const { guest: _, ...dark } = before;
     expect(phaseBetween(dark, after).byForm['one-level'].switches).toBe(1100);

@@ -4,6 +4,7 @@ import {
   type GuestVerdict,
   guestShortcomings,
   lateViolations,
+  lexerShortcomings,
   type Relocated,
   type RelocatedPhase,
   speedShortcomings,
@@ -41,6 +42,30 @@ describe('the guest', () => {
   test.each(['unhooked', 'hooked', 'relocated'] as const)('was not swept in the %s phase', (name) => {
     const phases = { ...GOOD_PHASES, [name]: second(2000, 1) };
     expect(guestShortcomings(phases, GOOD_GUEST)).toEqual([`no full integrity sweep in the ${name} phase`]);
+  });
+});
+
+describe('the lexer', () => {
+  const lexer = { pieces: 50, passes: 2, tokens: 500, checksum: 1, mismatches: 0 };
+  const read = { ...GOOD_PHASES.unhooked, lexerPieces: 1 };
+  const phases = { unhooked: read, hooked: read, relocated: read };
+
+  test('that found the same in every phase has no shortcoming', () => {
+    expect(lexerShortcomings(phases, { ...GOOD_GUEST, lexer })).toEqual([]);
+  });
+
+  test('found other tokens', () => {
+    const guest = { ...GOOD_GUEST, lexer: { ...lexer, mismatches: 2 } };
+    expect(lexerShortcomings(phases, guest)).toEqual([
+      "the guest's lexer found other tokens than at first in 2 pieces of its text",
+    ]);
+  });
+
+  test.each(['unhooked', 'hooked', 'relocated'] as const)('read nothing in the %s phase', (name) => {
+    const idle = { ...phases, [name]: GOOD_PHASES.unhooked };
+    expect(lexerShortcomings(idle, { ...GOOD_GUEST, lexer })).toEqual([
+      `the guest's lexer read no piece of its text in the ${name} phase`,
+    ]);
   });
 });
 

@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 import { readGuestArtefacts } from '../../src/guest/artefacts.js';
 import { readGuestModule } from '../../src/guest/lexer-module.js';
 import { lexerText } from '../../src/guest/lexer-text.js';
-import { BOOT_BLOCK, loadGuest } from '../../src/guest/loader.js';
+import { BOOT_BLOCK, LEXER_PIECE_BYTES, loadGuest } from '../../src/guest/loader.js';
 import { readGuestReport } from '../../src/guest/report.js';
 import { createMachine } from '../../src/machine/create-machine.js';
 import { nextRandom } from '../../src/random.js';
@@ -59,9 +59,14 @@ describe('the guest boots', () => {
   });
 
   it.skipIf(readGuestModule() === undefined)('with its module (needs npm run binaries)', () => {
-    const guest = new SteppedGuest({ vcpus: 8, memoryMB: 32, seed: 6, text: lexerText(6, 10) });
+    const guest = new SteppedGuest({
+      vcpus: 8,
+      memoryMB: 32,
+      seed: 6,
+      text: lexerText(6, LEXER_PIECE_BYTES),
+    });
     bootFully(guest);
-    guest.until(({ lexer }) => lexer !== undefined, 'the end of the text');
+    guest.until(({ lexer }) => lexer !== undefined, 'the end of its text');
     expectNothingOverrun(guest);
   });
 

@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { readGuestModule } from '../../src/guest/lexer-module.js';
 import { lexerText } from '../../src/guest/lexer-text.js';
+import { LEXER_PIECE_BYTES } from '../../src/guest/loader.js';
 import { type GuestReport, readGuestReport } from '../../src/guest/report.js';
 import { surveyFunction } from '../../src/hooks/survey.js';
 import { ACCESS_EXECUTE } from '../../src/machine/machine.js';
@@ -13,7 +14,7 @@ import { CLOCK_VECTOR, SteppedGuest } from './stepped-guest.js';
 
 const module = readGuestModule();
 const DWORD = 4;
-const TEXT_BYTES = 1000;
+const TEXT_BYTES = 2 * LEXER_PIECE_BYTES;
 const TICK_MICROSECONDS = 1000;
 const MAX_RUNS = 20_000;
 
@@ -39,7 +40,7 @@ function pass(guest: SteppedGuest): void {
 
 function bootWithModule(options: { seed?: number; vcpus?: number; text?: Uint8Array } = {}) {
   const guest = new SteppedGuest({ text: lexerText(1, TEXT_BYTES), ...options });
-  runUntil(guest, ({ lexer }) => lexer !== undefined);
+  runUntil(guest, ({ lexer }) => lexer !== undefined && lexer.passes > 0n);
   return { guest, base: guest.loaded.module!.base };
 }
 
@@ -172,6 +173,7 @@ if (module === undefined) {
         const { lexer, switches, bugCheck } = guest.report();
         expect(bugCheck).toBeUndefined();
         expect(lexer!.mismatches).toBe(0n);
+        expect(lexer!.pieces).toBeGreaterThanOrEqual(2n * lexer!.passes);
         expect(lexer!.tokens).toBeGreaterThan(TEXT_BYTES / 10);
         expect(switches.lexer).toBeGreaterThan(lexer!.tokens);
         return lexer!.checksum;
