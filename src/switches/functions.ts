@@ -82,10 +82,18 @@ function exceptionTargets(
   });
 }
 
-/** The targets of a C scope table, or nothing where the handler's data is not one. */
+/** The targets of a C scope table, or nothing where the handler's data is not one: that of a stack cookie, say. */
 function scopeTargets(image: ImageBytes, dataRva: number): number[] {
   const count = viewOf(image.read(dataRva, 4)).getUint32(0, true);
   if (count > MAX_SCOPES) return [];
   const scopes = viewOf(image.read(dataRva + 4, count * SCOPE_SIZE));
-  return Array.from({ length: count }, (_, index) => scopes.getUint32(index * SCOPE_SIZE + 12, true));
+  const isCode = (rva: number) => image.sectionAt(rva)?.executable === true;
+  const targets: number[] = [];
+  for (let at = 0; at < count * SCOPE_SIZE; at += SCOPE_SIZE) {
+    const [begin, end, filter, target] = [0, 4, 8, 12].map((field) => scopes.getUint32(at + field, true));
+    const isScope = begin! <= end! && isCode(begin!) && (filter === 1 || isCode(filter!));
+    if (!isScope || (target !== 0 && !isCode(target!))) return [];
+    targets.push(target!);
+  }
+  return targets;
 }

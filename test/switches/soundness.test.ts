@@ -1,9 +1,11 @@
 // Ways to a load that are easy to overlook. Each listing has a guarded way to `join`, and one on which nothing
 // bounds the index; who misses the second one takes the guard for a proof that it is not.
 import { describe, expect, it } from 'vitest';
-import type { RefusalReason } from '../../src/switches/table.js';
+import { FunctionTable } from '../../src/nt/pdata.js';
+import { PeImage } from '../../src/nt/pe.js';
+import { type RefusalReason, SwitchRecogniser } from '../../src/switches/table.js';
 import { FLAGS } from '../nt/pe-builder.js';
-import { type ListingOptions, prove } from './listing.js';
+import { assemble, type ListingOptions, prove } from './listing.js';
 
 const JOIN = `
 join: lea rdx, [rip+image]
@@ -272,6 +274,29 @@ describe('a load that a second way leads to', () => {
   it.each(HAZARDS)('$hazard', ({ source, options, reason }) => {
     const expected = reason === undefined ? { found: true, evidence: 'neighbour' } : { found: false, reason };
     expect(prove(source, options)).toMatchObject(expected);
+  });
+
+  it('is proven where only the data of another kind of handler, such as a stack cookie, leads to it', () => {
+    const source = `f: call callee
+      ${GUARD}
+handler: nop${JOIN}
+callee: ret
+${TABLE}
+end:`;
+    const { file, rva } = assemble(source, {
+      functions: [{ from: 'f', to: 'end', handlers: ['handler'] }],
+    });
+    const scope = Buffer.alloc(16);
+    [rva('f'), rva('end'), 1, rva('handler')].forEach((field, n) => {
+      scope.writeUInt32LE(field, n * 4);
+    });
+    const proofOf = (file: Buffer) => {
+      const image = PeImage.fromFile(file);
+      return new SwitchRecogniser(image, FunctionTable.read(image)).prove(rva('load'));
+    };
+    expect(proofOf(file)).toMatchObject({ evidence: 'neighbour' });
+    file.writeUInt32LE(0x50, file.indexOf(scope)); // a range that is none
+    expect(proofOf(file)).toMatchObject({ evidence: 'guard', entries: 5 });
   });
 
   it('is proven without that way', () => {
