@@ -57,6 +57,13 @@ export function widthMax(width: Width): number {
 }
 
 const UNKNOWN: readonly number[] = WIDTHS.map(widthMax);
+
+/** Of the low 8, 16, 32 and 64 bits of a number of `width` bits that is at most `max`. */
+function boundsOf(width: Width, max: number): readonly number[] {
+  if (max === Number.POSITIVE_INFINITY) return UNKNOWN;
+  const index = WIDTHS.indexOf(width);
+  return UNKNOWN.map((own, at) => (at >= index || max < 2 ** WIDTHS[at]! ? Math.min(own, max) : own));
+}
 const RSP = 4;
 
 /** Compiled functions have fewer that matter. */
@@ -119,12 +126,7 @@ export class State {
 
   /** A new unknown of `width` bits, at most `max`. */
   fresh(width: Width, max = Number.POSITIVE_INFINITY, origin?: Origin): View {
-    const index = WIDTHS.indexOf(width);
-    this.quantities.push({
-      max: UNKNOWN.map((own, at) => (at >= index || max < 2 ** WIDTHS[at]! ? Math.min(own, max) : own)),
-      exact: undefined,
-      origin,
-    });
+    this.quantities.push({ max: boundsOf(width, max), exact: undefined, origin });
     return { quantity: this.quantities.length - 1, width, signed: false };
   }
 
@@ -298,11 +300,11 @@ export class State {
   /** What is known when either this state or `other` may be the case. */
   merge(other: State): State {
     const merged = new State([], [], new Map(), undefined);
-    const pairs = new Map<string, number>();
+    const pairs = new Map<number | string, number>();
     const pair = (a: View, b: View): View => {
       const same = a.width === b.width && a.signed === b.signed;
       const key = same
-        ? `${a.quantity}/${b.quantity}`
+        ? a.quantity * 2 ** 26 + b.quantity
         : `${a.quantity}.${a.width}${a.signed}/${b.quantity}.${b.width}${b.signed}`;
       let quantity = pairs.get(key);
       if (quantity === undefined) {
@@ -390,10 +392,11 @@ function sameView(a: View, b: View): boolean {
 }
 
 function sameQuantity(a: Quantity, b: Quantity): boolean {
-  return (
-    a === b ||
-    (a.max.every((max, index) => max === b.max[index]) && sameExact(a, b) && sameOrigin(a.origin, b.origin))
-  );
+  return a === b || (sameBounds(a.max, b.max) && sameExact(a, b) && sameOrigin(a.origin, b.origin));
+}
+
+function sameBounds(a: readonly number[], b: readonly number[]): boolean {
+  return a === b || a.every((max, index) => max === b[index]);
 }
 
 function sameOrigin(a: Origin | undefined, b: Origin | undefined): boolean {
@@ -417,7 +420,7 @@ function sameFlags(a: Flags | undefined, b: Flags | undefined): boolean {
 function mergeQuantities(a: Quantity, b: Quantity): Quantity {
   if (a === b) return a;
   return {
-    max: a.max.map((max, index) => Math.max(max, b.max[index]!)),
+    max: sameBounds(a.max, b.max) ? a.max : a.max.map((max, index) => Math.max(max, b.max[index]!)),
     exact: sameExact(a, b) ? a.exact : undefined,
     origin: mergeOrigins(a.origin, b.origin),
   };
