@@ -1,36 +1,41 @@
 import { readFileSync, statSync } from 'node:fs';
 import { MemtablesError } from '../errors.js';
-import { affordable, type Candidate, planHandlers } from '../handlers/planner.js';
-import { MAX_ENTRIES } from '../handlers/refusal.js';
+import { affordable, planHandlers } from '../handlers/planner.js';
 import { PeImage } from '../nt/pe.js';
+import { findSlack, instabilityOf } from '../slack/regions.js';
 import { scanImage } from '../switches/scan.js';
-import type { FoundSwitch, RefusalReason, RefusedSwitch, SwitchSite } from '../switches/table.js';
+import type { SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
-import { reportError, toJson } from './output.js';
-import { LOAD_REFUSALS } from './reasons.js';
+import { log, reportError, toJson } from './output.js';
+import { loadRefusal } from './reasons.js';
 
 const MAX_FILE_SIZE = 2 ** 30;
+const PROGRESS_MS = 1000;
+/** Refused loads that are listed for a person; a program gets them all. */
+const MOST_REFUSED = 20;
 
 interface Lines {
   write(text: string): unknown;
 }
 
+interface ScanOptions {
+  readonly json?: boolean | undefined;
+}
+
 /**
- * Writes the switch-table loads of PE64 files to `out`: JSON lines (a `site` each, then a `summary`), or a table for a
- * person. A file that cannot be scanned is said on stderr, and the others are scanned all the same.
+ * Writes the switch-table loads of PE64 files to `out`: JSON lines (a `switch` each, then a `summary`; of several files,
+ * each line has its `file`), or tables for a person. A file that cannot be scanned is said on stderr, and the others are
+ * scanned all the same.
  *
  * @returns the exit code: that of the first such file
  */
-export function scanFiles(
-  paths: readonly string[],
-  options: { readonly json?: boolean | undefined },
-  out: Lines,
-): number {
+export function scanFiles(paths: readonly string[], options: ScanOptions, out: Lines): number {
   let code: number = EXIT.ok;
   paths.forEach((path, index) => {
     try {
-      scanFile(path, options, out, index > 0);
+      if (options.json) writeRecords(scan(path), paths.length > 1 ? { file: path } : {}, out);
+      else writeTables(scan(path), index > 0, out);
     } catch (error) {
       const own = reportError(error);
       code ||= own;
@@ -39,38 +44,37 @@ export function scanFiles(
   return code;
 }
 
-/** @throws MemtablesError `FILE_UNREADABLE`, `IMAGE_INVALID`, `GUEST_UNSUPPORTED` */
-export function scanFile(
-  path: string,
-  options: { readonly json?: boolean | undefined },
-  out: Lines,
-  apart = false,
-): void {
-  const { image, sites } = scan(path);
-  const summary = summarise(path, image, sites);
-  if (options.json) {
-    for (const site of sites) out.write(`${toJson(siteRecord(path, image, site))}\n`);
-    out.write(`${toJson(summary)}\n`);
-    return;
-  }
-  if (apart) out.write('\n');
-  out.write(header(path, image));
-  out.write(siteTable(image, sites));
-  out.write(summaryText(summary));
+const FORMS = ['one-level', 'two-level'] as const;
+type Form = (typeof FORMS)[number];
+
+/** A load, and the fastest handler if slack were no question. */
+interface ListedSwitch {
+  readonly site: SwitchSite;
+  readonly form: Form;
+  readonly section: string;
+  readonly handler: { readonly encoder: string; readonly size: number } | undefined;
+  /** Why there is none. */
+  readonly refused: string | undefined;
 }
 
-/** A load, with the fastest handler if slack were no question: none where the table has too many entries for any. */
-type ListedSite = (FoundSwitch & { readonly handler: Candidate | undefined }) | RefusedSwitch;
+interface Scan {
+  readonly path: string;
+  readonly image: PeImage;
+  readonly switches: readonly ListedSwitch[];
+  /** Bytes that the image has for handlers, by section. */
+  readonly slack: readonly { readonly section: string; readonly size: number }[];
+  readonly seconds: number;
+}
 
-/** Of several files, an error has to say which. */
-function scan(path: string): { readonly image: PeImage; readonly sites: readonly ListedSite[] } {
+/** @throws MemtablesError `FILE_UNREADABLE`, `IMAGE_INVALID`, `GUEST_UNSUPPORTED`; it says of which file */
+function scan(path: string): Scan {
   const bytes = readImageFile(path);
   try {
+    const start = performance.now();
     const image = PeImage.fromFile(bytes);
-    const sites = scanImage(image).map((site) =>
-      site.found ? { ...site, handler: handlerOf(image, site) } : site,
-    );
-    return { image, sites };
+    const switches = scanImage(image, progressOf(path, codeSize(image))).map((site) => listed(image, site));
+    const slack = slackOf(image);
+    return { path, image, switches, slack, seconds: Math.round(performance.now() - start) / 1000 };
   } catch (cause) {
     if (!(cause instanceof MemtablesError)) throw cause;
     const { code, message, remedy, context } = cause;
@@ -93,156 +97,196 @@ function readImageFile(path: string): Uint8Array {
   }
 }
 
-function siteRecord(file: string, image: PeImage, site: ListedSite): Record<string, unknown> {
-  const head = {
-    type: 'site',
-    file,
-    rva: hex(site.rva),
-    section: image.sectionAt(site.rva)?.name,
-    form: site.form,
-    table: site.table === undefined ? undefined : hex(site.table),
-    tableSection: site.table === undefined ? undefined : image.sectionAt(site.table)?.name,
-    proven: site.found,
+/** Logs how far a scan is, once a second. */
+function progressOf(path: string, total: number): (bytes: number) => void {
+  let last: number | undefined;
+  return (bytes) => {
+    const now = performance.now();
+    last ??= now;
+    if (now - last < PROGRESS_MS) return;
+    last = now;
+    log.info(`${path}: ${inMegabytes(bytes)} of ${inMegabytes(total)} MB of code`);
   };
-  if (!site.found) return { ...head, reason: site.reason };
-  const { handler } = site;
+}
+
+function inMegabytes(bytes: number): string {
+  return (bytes / 2 ** 20).toFixed(1);
+}
+
+function codeSections({ sections }: PeImage) {
+  return sections.filter(({ executable }) => executable);
+}
+
+function codeSize(image: PeImage): number {
+  return codeSections(image).reduce((sum, { virtualSize }) => sum + virtualSize, 0);
+}
+
+function slackOf(image: PeImage): Scan['slack'] {
+  // Behind a section's end the loader fills its last page with zeros.
+  return findSlack(0n, image.sections, (rva, length) => {
+    const start = Number(rva);
+    return image.read(start, Math.min(length, image.sizeOfImage - start));
+  });
+}
+
+function listed(image: PeImage, site: SwitchSite): ListedSwitch {
+  const section = image.sectionAt(site.rva)!;
+  const known = { site, form: site.form ?? 'one-level', section: section.name } as const;
+  const refused = (reason: string): ListedSwitch => ({ ...known, handler: undefined, refused: reason });
+  if (!site.found) return refused(site.reason);
+  const unstable = instabilityOf(section);
+  if (unstable !== undefined) return refused(unstable);
+  const unstableTable = instabilityOf(image.sectionAt(site.table)!);
+  if (unstableTable !== undefined) return refused(`table-${unstableTable}`);
+  if (site.evidence === 'none') return refused('bound-not-proven'); // no handler asks whether the index is inside
+  const plans = planHandlers(site, image.imageBase, 'auto');
+  const [handler] = affordable(plans, Number.POSITIVE_INFINITY);
+  // The last encoder is the one that asks least of a load.
+  return handler === undefined ? refused(plans.at(-1)!.refused!) : { ...known, handler, refused: undefined };
+}
+
+// For a program
+
+function writeRecords(result: Scan, file: { readonly file?: string }, out: Lines): void {
+  for (const each of result.switches) out.write(`${toJson({ ...switchRecord(each), ...file })}\n`);
+  out.write(`${toJson({ ...summaryRecord(result), ...file })}\n`);
+}
+
+function switchRecord({ site, form, handler, refused }: ListedSwitch): Record<string, unknown> {
+  const byteTable = site.found ? site.byteTable : undefined;
   return {
-    ...head,
-    entries: site.entries,
-    byteTable: site.byteTable && { rva: hex(site.byteTable.table), entries: site.byteTable.entries },
-    destination: site.destination,
-    base: site.base,
-    index: site.index,
-    length: site.length,
-    back: hex(site.back),
-    adjacent: site.adjacent,
-    isBranchTarget: site.isBranchTarget,
-    ...(handler && { encoder: handler.encoder, handlerBytes: handler.size }),
+    type: 'switch',
+    site: hex(site.rva),
+    table: site.table === undefined ? null : hex(site.table),
+    entries: site.found ? site.entries : null,
+    evidence: site.found ? site.evidence : 'none',
+    form,
+    byteTable: byteTable && {
+      site: hex(byteTable.rva),
+      table: hex(byteTable.table),
+      entries: byteTable.entries,
+    },
+    encoder: handler?.encoder ?? null,
+    slackBytes: handler?.size ?? null,
+    refused: refused ?? null,
   };
 }
 
-function handlerOf(image: PeImage, site: FoundSwitch): Candidate | undefined {
-  return affordable(planHandlers(site, image.imageBase, 'auto'), Infinity)[0];
-}
-
-/** Reads of a table that lies elsewhere never trap: there is nothing to relocate. */
-function isInCode(image: PeImage, { table }: SwitchSite): boolean {
-  return table === undefined || image.sectionAt(table)?.executable === true;
-}
-
-interface Summary extends Record<string, unknown> {
-  readonly type: 'summary';
-  readonly file: string;
-  /** Loads whose table lies in code, by form. */
-  readonly loads: Record<'one-level' | 'two-level', number>;
-  readonly proven: Record<'one-level' | 'two-level', number>;
-  /** Of the proven: tables with more entries than a handler has blocks. */
-  readonly tooManyEntries: number;
-  /** Of the loads whose table lies in code. */
-  readonly refused: Partial<Record<RefusalReason, number>>;
-  /** Loads whose table lies elsewhere. */
-  readonly notInCode: number;
-  /** Of proven tables. */
-  readonly entries: { median: number; p90: number; p99: number; max: number } | undefined;
-  /** Of all tables that could be relocated; the fastest handler of each. */
-  readonly handlerBytes: number;
-}
-
-function summarise(file: string, image: PeImage, sites: readonly ListedSite[]): Summary {
-  const loads = { 'one-level': 0, 'two-level': 0 };
-  const proven = { 'one-level': 0, 'two-level': 0 };
-  const refused: Partial<Record<RefusalReason, number>> = {};
-  const lengths: number[] = [];
-  const handlers: (number | undefined)[] = [];
-  let notInCode = 0;
-  for (const site of sites) {
-    if (!isInCode(image, site)) {
-      notInCode++;
-      continue;
-    }
-    loads[site.form ?? 'one-level']++;
-    if (site.found) {
-      proven[site.form]++;
-      lengths.push(site.entries);
-      handlers.push(site.handler?.size);
-    } else refused[site.reason] = (refused[site.reason] ?? 0) + 1;
-  }
-  lengths.sort((a, b) => a - b);
-  const at = (share: number) => lengths[Math.ceil(lengths.length * share) - 1]!;
+function summaryRecord({ switches, slack, seconds }: Scan): Record<string, unknown> {
   return {
     type: 'summary',
-    file,
-    loads,
-    proven,
-    tooManyEntries: handlers.filter((size) => size === undefined).length,
-    refused,
-    notInCode,
-    entries: lengths.length === 0 ? undefined : { median: at(0.5), p90: at(0.9), p99: at(0.99), max: at(1) },
-    handlerBytes: handlers.reduce<number>((sum, size) => sum + (size ?? 0), 0),
+    switches: switches.length,
+    twoLevel: switches.filter(({ form }) => form === 'two-level').length,
+    relocatable: switches.filter(({ handler }) => handler !== undefined).length,
+    refused: Object.fromEntries(countRefusals(switches)),
+    slackBytes: { available: total(slack), needed: neededBytes(switches) },
+    seconds,
   };
 }
 
-const COLUMNS = ['load', 'section', 'form', 'table', 'entries', 'handler', 'end of the table'] as const;
-/** Columns of numbers. */
-const RIGHT_ALIGNED: ReadonlySet<number> = new Set([0, 3, 4, 5]);
-const INDENT = '  ';
+function countRefusals(switches: readonly ListedSwitch[]): Map<string, number> {
+  const counts = new Map<string, number>();
+  for (const { refused } of switches) {
+    if (refused !== undefined) counts.set(refused, (counts.get(refused) ?? 0) + 1);
+  }
+  return counts;
+}
 
-function header(path: string, image: PeImage): string {
-  const code = image.sections.filter(({ executable }) => executable);
-  const bytes = code.reduce((sum, { virtualSize }) => sum + virtualSize, 0);
+function neededBytes(switches: readonly ListedSwitch[]): number {
+  return switches.reduce((sum, { handler }) => sum + (handler?.size ?? 0), 0);
+}
+
+function total(slack: Scan['slack']): number {
+  return slack.reduce((sum, { size }) => sum + size, 0);
+}
+
+// For a person
+
+function writeTables(result: Scan, apart: boolean, out: Lines): void {
+  if (apart) out.write('\n');
+  out.write(header(result));
+  if (result.switches.length > 0) out.write(`${sectionTable(result.switches)}\n`);
+  out.write(refusedTable(result.switches));
+  out.write(summaryText(result));
+}
+
+function header({ path, image }: Scan): string {
+  const code = codeSections(image);
   const where = code.map(({ name }) => name).join(', ');
-  const text = code.length === 0 ? 'no code' : `${Math.ceil(bytes / 1024)} KB of code in ${where}`;
+  const text = code.length === 0 ? 'no code' : `${Math.ceil(codeSize(image) / 1024)} KB of code in ${where}`;
   return `${path}: x86-64 image, ${text}\n\n`;
 }
 
-/** The loads whose table lies in code, a line each: the others are only counted. */
-function siteTable(image: PeImage, sites: readonly ListedSite[]): string {
-  const listed = sites.filter((site) => isInCode(image, site));
-  if (listed.length === 0) return '';
-  const rows = listed.map((site) => [
-    hex(site.rva),
-    image.sectionAt(site.rva)?.name ?? '',
-    site.form ?? '',
-    site.table === undefined ? '' : hex(site.table),
-    site.found ? String(site.entries) : '-',
-    site.found && site.handler ? `${site.handler.size} B` : '-',
-    site.found ? 'proven' : `refused: ${LOAD_REFUSALS[site.reason]}`,
-  ]);
-  const widths = COLUMNS.map((column, index) =>
-    rows.reduce((width, row) => Math.max(width, row[index]!.length), column.length),
+/** A line for each form in each section. */
+function sectionTable(switches: readonly ListedSwitch[]): string {
+  const sections = new Set(switches.map(({ section }) => section));
+  const groups = [...sections].flatMap((section) =>
+    FORMS.map((form) => switches.filter((each) => each.section === section && each.form === form)),
   );
-  const line = (cells: readonly string[]) =>
-    INDENT +
-    cells
-      .map((cell, index) =>
-        RIGHT_ALIGNED.has(index) ? cell.padStart(widths[index]!) : cell.padEnd(widths[index]!),
-      )
-      .join('  ')
-      .trimEnd();
-  const rule = widths.map((width) => '-'.repeat(width));
-  return `${[COLUMNS, rule, ...rows].map(line).join('\n')}\n\n`;
+  const present = groups.filter((group) => group.length > 0);
+  const rows = present.map((group) => {
+    const entries = group.flatMap(({ site }) => (site.found ? [site.entries] : []));
+    const known = (evidence: string) =>
+      group.filter(({ site }) => site.found && site.evidence === evidence).length;
+    return [
+      ...[group[0]!.section, group[0]!.form],
+      ...[group.length, known('guard'), known('neighbour'), Math.max(0, ...entries)],
+      ...[group.filter(({ handler }) => handler !== undefined).length, neededBytes(group)],
+    ];
+  });
+  const columns = ['section', 'form', 'switches', 'end by guard', 'by neighbour', 'largest'];
+  return table([...columns, 'relocatable', 'bytes'], rows, 2);
 }
 
-function summaryText(summary: Summary): string {
-  const { loads, proven, tooManyEntries, refused, notInCode, entries, handlerBytes } = summary;
-  const count = (forms: Summary['loads']) => {
-    const total = forms['one-level'] + forms['two-level'];
-    return `${total} (${forms['one-level']} one-level, ${forms['two-level']} two-level)`;
-  };
-  const lines = [['switch tables in code', count(loads)]];
-  lines.push(['  end proven', `${count(proven)}${tooManyEntries === 0 ? ': could be relocated' : ''}`]);
-  if (tooManyEntries > 0) {
-    lines.push(['  too large', `${tooManyEntries} of these: a handler has at most ${MAX_ENTRIES} entries`]);
+function refusedTable(switches: readonly ListedSwitch[]): string {
+  const refused = switches.filter((each) => each.refused !== undefined);
+  if (refused.length === 0) return '';
+  const rows = refused.slice(0, MOST_REFUSED).map(({ site, refused: reason, section }) => {
+    const address = site.table === undefined ? '' : hex(site.table);
+    return [hex(site.rva), section, address, loadRefusal(reason!) ?? reason!];
+  });
+  const more = refused.length - rows.length;
+  return `${table(['refused', 'section', 'table', 'because'], rows, 4)}${more > 0 ? `  and ${more} more\n` : ''}\n`;
+}
+
+/** The first `left` columns are text, the others numbers. */
+function table(columns: readonly string[], rows: readonly (string | number)[][], left: number): string {
+  const cells = rows.map((row) => row.map(String));
+  const widths = columns.map((column, index) =>
+    cells.reduce((width, row) => Math.max(width, row[index]!.length), column.length),
+  );
+  const rule = widths.map((width) => '-'.repeat(width));
+  const line = (row: readonly string[]) =>
+    row.map((cell, index) => (index < left ? cell.padEnd(widths[index]!) : cell.padStart(widths[index]!)));
+  return [columns, rule, ...cells].map((row) => `  ${line(row).join('  ').trimEnd()}\n`).join('');
+}
+
+function summaryText({ switches, slack, seconds }: Scan): string {
+  const twoLevel = switches.filter(({ form }) => form === 'two-level').length;
+  const sizes = switches.flatMap(({ handler }) => (handler === undefined ? [] : [handler.size]));
+  const lines = [
+    ['switches', `${switches.length} (${switches.length - twoLevel} one-level, ${twoLevel} two-level)`],
+    ['  relocatable', `${sizes.length}, with handlers of ${neededBytes(switches)} bytes`],
+    ...[...countRefusals(switches)].map(([reason, count]) => [
+      '  refused',
+      `${count}: ${loadRefusal(reason) ?? reason}`,
+    ]),
+    [
+      'slack for handlers',
+      `${total(slack)} bytes${sizes.length === 0 ? '' : `, ${sufficiency(sizes, slack)}`}`,
+    ],
+    ['time', `${seconds.toFixed(1)} s`],
+  ];
+  return `${lines.map(([name, value]) => `${name!.padEnd(20)}${value}`).join('\n')}\n`;
+}
+
+function sufficiency(sizes: readonly number[], slack: Scan['slack']): string {
+  let left = total(slack);
+  let fitting = 0;
+  for (const size of sizes.toSorted((a, b) => a - b)) {
+    left -= size;
+    if (left < 0) return `enough for ${fitting} of them at once, the smallest first`;
+    fitting++;
   }
-  for (const [reason, number] of Object.entries(refused)) {
-    lines.push(['  refused', `${number}: ${LOAD_REFUSALS[reason as RefusalReason]}`]);
-  }
-  if (notInCode > 0)
-    lines.push(['switch tables elsewhere', `${notInCode}: reads of them never trap, nothing to do`]);
-  if (entries !== undefined) {
-    const { median, p90, p99, max } = entries;
-    lines.push(['entries of a table', `median ${median}, p90 ${p90}, p99 ${p99}, largest ${max}`]);
-    lines.push(['handlers of all', `${handlerBytes} bytes`]);
-  }
-  return `${lines.map(([name, value]) => `${name!.padEnd(25)}${value}`).join('\n')}\n`;
+  return 'enough for all of them';
 }

@@ -11,32 +11,53 @@ const SIB_SCALE_4 = 0b10000000;
 const LOAD_LENGTH = 7;
 const CHUNK = 1 << 20;
 
-/** Every switch-table load of an image, in ascending order: proven, or refused with a reason. */
-export function scanImage(image: PeImage): SwitchSite[] {
+/**
+ * Every load of an image from a switch's table among its code, in ascending order: found, or refused with a reason.
+ * Tables in other sections are left out: reads of them never trap.
+ *
+ * @param progress is told how many bytes of code have been looked at, again and again
+ */
+export function scanImage(image: PeImage, progress: (bytes: number) => void = () => {}): SwitchSite[] {
   const functions = FunctionTable.read(image);
   const recogniser = new SwitchRecogniser(image, functions);
   const sites = new Map<number, SwitchSite>();
   /** Where the functions and gaps begin that were looked at. */
   const analysed = new Set<number>();
+  let before = 0;
   for (const section of image.sections) {
     if (!section.executable) continue;
     let looked = section.rva;
-    for (const rva of likelyLoads(image, section)) {
-      if (rva < looked) continue;
+    for (const { rva, table } of likelyLoads(image, section)) {
+      if (rva < looked || !isInCode(image, table)) continue;
+      progress(before + rva - section.rva);
       const entry = functions.entryAt(rva);
       const around = entry ?? functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
       looked = around.end;
       const start = entry === undefined ? around.begin : functions.startOf(entry);
       if (analysed.has(start)) continue;
       analysed.add(start);
-      for (const site of recogniser.switchesAround(rva)) sites.set(site.rva, site);
+      for (const site of recogniser.switchesAround(rva)) {
+        if (site.table !== undefined && isInCode(image, site.table)) sites.set(site.rva, site);
+      }
     }
+    before += section.virtualSize;
   }
   return [...sites.values()].sort((a, b) => a.rva - b.rva);
 }
 
+function isInCode(image: PeImage, table: number): boolean {
+  return image.sectionAt(table)?.executable === true;
+}
+
+/** Bytes that look like a load of a table. */
+interface LikelyLoad {
+  /** Of the opcode. */
+  readonly rva: number;
+  readonly table: number;
+}
+
 /** Where the bytes may be a table load: cheap, and never misses one. */
-function* likelyLoads(image: PeImage, section: Section): Generator<number> {
+function* likelyLoads(image: PeImage, section: Section): Generator<LikelyLoad> {
   for (let start = 0; start < section.virtualSize; start += CHUNK) {
     const length = Math.min(CHUNK + LOAD_LENGTH, section.virtualSize - start);
     const bytes = image.read(section.rva + start, length);
@@ -45,7 +66,7 @@ function* likelyLoads(image: PeImage, section: Section): Generator<number> {
       const [modrm, sib] = [bytes[at + 1]!, bytes[at + 2]!];
       if ((modrm & MODRM_MASK) !== MODRM_SIB_DISP32 || (sib & SIB_SCALE_MASK) !== SIB_SCALE_4) continue;
       const view = new DataView(bytes.buffer, bytes.byteOffset + at + 3, 4);
-      if (view.getUint32(0, true) < image.sizeOfImage) yield section.rva + start + at;
+      yield { rva: section.rva + start + at, table: view.getUint32(0, true) };
     }
   }
 }

@@ -153,8 +153,10 @@ export class SwitchRecogniser {
   }
 
   private judge(analysis: Analysis, rva: number): SwitchSite {
-    if (analysis.outcome === 'too-complex') return refuse(rva, 'function-too-complex');
     const load = analysis.loads.get(rva);
+    if (analysis.outcome === 'too-complex') {
+      return { ...refuse(rva, 'function-too-complex'), table: load?.table };
+    }
     if (load === undefined) return refuse(rva, whyNotALoad(analysis.instructions.get(rva)));
     const dispatch = analysis.dispatches.get(rva);
     const byteLoad = load.byteLoad === undefined ? undefined : analysis.byteReads.get(load.byteLoad);
