@@ -5,7 +5,7 @@ import type { IndexSource } from './evacuation.js';
 import { rel32 } from './jump.js';
 
 /** How far apart two blocks are. */
-export type Stride = 2 | 5 | 8 | 10 | 11 | 12 | 16;
+export type Stride = 2 | 5 | 8 | 10 | 11 | 12 | 16 | 18 | 20;
 
 /** The registers of a computed jump. */
 export interface JumpRegisters {
@@ -39,6 +39,8 @@ const SUMMANDS: Readonly<Record<Stride, readonly Scale[]>> = {
   11: [8, 2, 1],
   12: [8, 4],
   16: [8, 8],
+  18: [8, 8, 2],
+  20: [8, 8, 4],
 };
 
 /** A multiple of idx as (1 + `first`) * `second`, or as one factor. */
@@ -49,6 +51,8 @@ const FACTORS: Readonly<Record<Exclude<Stride, 11>, readonly [...Scale[], Scale]
   10: [4, 2],
   12: [2, 4],
   16: [1, 8],
+  18: [8, 2],
+  20: [4, 4],
 };
 
 /**

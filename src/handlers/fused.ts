@@ -1,10 +1,10 @@
 import { detour } from './detour.js';
-import { type Packing, shared, spaced } from './packing.js';
+import { type Packing, roomy, shared } from './packing.js';
 import type { HandlerLayout, Refused } from './plan.js';
 import { type Replaced, replacedSwitch, type WholeSwitch, type WholeSwitchRefusal } from './replaced.js';
 
 /**
- * How the blocks stand: `roomy` 16 bytes apart; otherwise shared by indices that lead to the same, with a jump for each
+ * How the blocks stand: `roomy` 16 bytes apart, or a little more; otherwise shared by indices that lead to the same, with a jump for each
  * index in front: `spread` 8 bytes apart, `shared` 5 bytes, `short` 2 bytes. The fastest first.
  */
 export const SWITCH_PACKINGS = ['roomy', 'spread', 'shared', 'short'] as const;
@@ -38,7 +38,7 @@ export function fusedLayout(
 export function packSwitch(replaced: Replaced, packing: SwitchPacking): Packing | undefined {
   switch (packing) {
     case 'roomy':
-      return spaced(replaced, 16);
+      return roomy(replaced);
     case 'spread':
       return shared(replaced, 8);
     case 'shared':

@@ -43,6 +43,11 @@ export function spaced({ outcomes, site }: Replaced, stride: Stride): Packing | 
   };
 }
 
+/** The same where a processor likes it best; nearly without a gap, where there is nothing to do but to go on, or much. */
+export function roomy(replaced: Replaced): Packing | undefined {
+  return spaced(replaced, 8) ?? spaced(replaced, 16) ?? spaced(replaced, 18) ?? spaced(replaced, 20);
+}
+
 /** Blocks of one instruction and a short jump to a shared jump back; `undefined` where not each reaches one. */
 export function tight({ outcomes, site }: Replaced): Packing | undefined {
   const count = outcomes.length;

@@ -3,7 +3,7 @@ import type { Gva } from '../vmi/address.js';
 import { fusedLayout, SWITCH_PACKINGS, type SwitchPacking, type SwitchRefusal } from './fused.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
 import type { HandlerLayout, LoadSite, Refused } from './plan.js';
-import type { WholeSwitch } from './replaced.js';
+import type { SwitchLoads, WholeSwitch } from './replaced.js';
 import { seedLayout } from './seed.js';
 
 /** What lays a handler out. */
@@ -55,12 +55,8 @@ export interface Candidate extends Way {
 export type HandlerPlanning = Candidate | (Way & Refused<HandlerRefusal>);
 
 type Layout = HandlerLayout | Refused<HandlerRefusal>;
-/** One of the loads of a switch, with its table. */
-interface Load {
-  readonly load: LoadSite;
-  readonly entries: readonly number[];
-}
-
+/** One of the loads of a switch. */
+type Load = Pick<SwitchLoads, 'load' | 'entries'>;
 /**
  * What each encoder that may be used says to a switch, in an image at `imageBase`; those with the fastest handlers first.
  * Of an encoder's packings, one that is as large as a faster one is left out.
@@ -70,15 +66,14 @@ export function planHandlers(
   imageBase: Gva,
   choice: HandlerChoice,
 ): readonly HandlerPlanning[] {
-  const loads = loadsOf(proof, imageBase);
   const planned: Record<Encoder, () => HandlerPlanning[]> = {
     fused: () => switchWays('fused', proof, imageBase, fusedLayout),
-    lean: () => leanWays(loads),
+    lean: () => leanWays(proof, imageBase),
     seed: () => [
       planning(
         'seed',
         'seed',
-        loads.map(({ load, entries }) => seedLayout(load, entries)),
+        loadsOf(proof, imageBase).map(({ load, entries }) => seedLayout(load, entries)),
       ),
     ],
   };
@@ -139,23 +134,32 @@ function worthwhile(plans: readonly HandlerPlanning[]): HandlerPlanning[] {
   });
 }
 
-/** A handler for each load. */
-function leanWays(loads: readonly Load[]): HandlerPlanning[] {
-  return worthwhile(
-    LEAN_PACKINGS.map((packing) => {
-      const parts = loads.map((load) => leanPart(load, packing, loads.length > 1));
-      return planning('lean', `lean-${packing}`, parts);
-    }),
-  );
+/** A handler for both loads of a two-level switch where they stand together, otherwise one for each. */
+function leanWays(proof: FoundSwitch, imageBase: Gva): HandlerPlanning[] {
+  const { byteTable, isBranchTarget } = proof;
+  const loads = loadsOf(proof, imageBase);
+  const ways = (parts: readonly SwitchLoads[]) =>
+    worthwhile(LEAN_PACKINGS.map((packing) => leanWay(packing, parts)));
+  if (byteTable !== undefined && areTogether(byteTable, proof) && !isBranchTarget) {
+    const [byteLoad, load] = loads as [Load, Load];
+    const possible = ways([{ ...load, byteLoad }]).filter(isCandidate);
+    if (possible.length > 0) return possible;
+  }
+  return ways(loads);
+}
+
+function leanWay(packing: LeanPacking, loads: readonly SwitchLoads[]): HandlerPlanning {
+  const parts = loads.map((each) => leanPart(each, packing, loads.length > 1));
+  return planning('lean', `lean-${packing}`, parts);
 }
 
 /**
  * @param orElse takes the smallest that is possible where that packing is not: the other load of the switch may have it
  */
-function leanPart({ load, entries }: Load, packing: LeanPacking, orElse: boolean): Layout {
-  const layout = leanLayout(load, entries, packing);
+function leanPart(loads: SwitchLoads, packing: LeanPacking, orElse: boolean): Layout {
+  const layout = leanLayout(loads, packing);
   if (layout.refused !== 'too-many-entries-for-short-jumps' || !orElse) return layout;
-  return smallest(LEAN_PACKINGS.map((each) => leanLayout(load, entries, each)));
+  return smallestLean(loads);
 }
 
 function smallest(layouts: readonly Layout[]): Layout {
@@ -177,7 +181,7 @@ function switchWays(
   if ('refused' in rest) return [{ encoder, name: encoder, refused: rest.refused }];
   const apart = rest === whole ? [] : [byteTable!];
   const ways = SWITCH_PACKINGS.map((packing) => {
-    const before = apart.map((table) => smallestLean(byteLoadOf(table, imageBase)));
+    const before = apart.map((table) => smallestLean(withTable(table, imageBase)));
     return planning(encoder, `${encoder}-${packing}`, [...before, layOut(rest, packing)]);
   });
   const possible = worthwhile(ways).filter(isCandidate);
@@ -185,18 +189,22 @@ function switchWays(
   return possible.map((way, at) => (at === 0 ? { ...way, name: encoder } : way));
 }
 
-function smallestLean({ load, entries }: Load): Layout {
-  return smallest(LEAN_PACKINGS.map((packing) => leanLayout(load, entries, packing)));
+function smallestLean(loads: SwitchLoads): Layout {
+  return smallest(LEAN_PACKINGS.map((packing) => leanLayout(loads, packing)));
 }
 
 function loadsOf(proof: FoundSwitch, imageBase: Gva): Load[] {
-  const { byteTable, values } = proof;
-  const load = { load: loadOf(proof, imageBase), entries: values };
-  return byteTable === undefined ? [load] : [byteLoadOf(byteTable, imageBase), load];
+  const load = withTable(proof, imageBase);
+  return proof.byteTable === undefined ? [load] : [withTable(proof.byteTable, imageBase), load];
 }
 
-function byteLoadOf(byteTable: ByteTable, imageBase: Gva): Load {
-  return { load: loadOf(byteTable, imageBase), entries: byteTable.values };
+function withTable(part: FoundSwitch | ByteTable, imageBase: Gva): Load {
+  return { load: loadOf(part, imageBase), entries: part.values };
+}
+
+/** Nothing stands between the two loads of a switch. */
+function areTogether(byteTable: ByteTable, { rva, index }: FoundSwitch): boolean {
+  return byteTable.rva + byteTable.length === rva && byteTable.destination === index;
 }
 
 function loadOf(
@@ -220,10 +228,9 @@ function wholeSwitch(
   byteTable: ByteTable | undefined,
   imageBase: Gva,
 ): WholeSwitch | Refused<DispatchRefusal> {
-  const { rva, isBranchTarget, index, values, add, jmp, adjacent, liveAtCases } = proof;
-  const leadsToLoad =
-    byteTable === undefined || (byteTable.rva + byteTable.length === rva && byteTable.destination === index);
-  if (!adjacent || !leadsToLoad) return { refused: 'not-adjacent' };
+  const { isBranchTarget, values, add, jmp, adjacent, liveAtCases } = proof;
+  if (!adjacent || !(byteTable === undefined || areTogether(byteTable, proof)))
+    return { refused: 'not-adjacent' };
   const behind = [
     ...(byteTable === undefined ? [] : [isBranchTarget]),
     add.isBranchTarget,
@@ -234,7 +241,7 @@ function wholeSwitch(
   return {
     load: loadOf(proof, imageBase),
     entries: values,
-    ...(byteTable && { byteLoad: byteLoadOf(byteTable, imageBase) }),
+    ...(byteTable && { byteLoad: withTable(byteTable, imageBase) }),
     add: add.bytes,
     jmpLength: jmp.length,
     liveAt: (entry) => liveAtCases.get(entry),

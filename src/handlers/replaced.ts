@@ -14,7 +14,7 @@ export interface Outcome {
   readonly leadsTo: Gva;
 }
 
-/** Code of the guest that a handler stands in for: a load, or a switch from its first load to its jump. */
+/** Code of the guest that a handler stands in for: its loads, or a switch from its first load to its jump. */
 export interface Replaced {
   readonly site: LoadSite;
   /** Behind the last instruction that is replaced. */
@@ -36,31 +36,32 @@ export type ReplacedRefusal =
   /** A thread that was preempted in the handler could not get back a register that the load needs. */
   | 'register-not-in-frame';
 
-/** A load alone: the table's entry comes into its register, and the code goes on behind it. */
-export function replacedLoad(
-  load: LoadSite,
-  entries: ArrayLike<number>,
-): Replaced | Refused<ReplacedRefusal> {
-  const end = load.gva + BigInt(load.length);
-  return checked({
-    site: load,
-    end,
-    loads: [load.gva],
-    interior: [],
-    base: load.base,
-    outputs: [load.dst],
-    overwritten: overwrittenBy([load.dst], load.idx, [load.base], load.baseValue),
-    outcomes: Array.from(entries, (entry) => ({ code: [movImmediate(load.dst, entry)], leadsTo: end })),
-  });
-}
-
-/** A switch whose loads, `add` and `jmp` stand together. Nothing may branch to any of them but the first. */
-export interface WholeSwitch {
+/** The loads of a switch. Of two, the second stands behind the first, and nothing may branch to it. */
+export interface SwitchLoads {
   /** The load of the dword table. */
   readonly load: LoadSite;
   readonly entries: ArrayLike<number>;
   /** The load of the byte table in front of it, whose destination is its index. */
   readonly byteLoad?: { readonly load: LoadSite; readonly entries: ArrayLike<number> };
+}
+
+export type LoadsRefusal =
+  | ReplacedRefusal
+  /** The byte table leads beyond the entries that are known. */
+  | 'byte-beyond-table';
+
+/** Loads alone: what they read comes into their registers, and the code goes on behind the last. */
+export function replacedLoads(loads: SwitchLoads): Replaced | Refused<LoadsRefusal> {
+  const { load } = loads;
+  const end = load.gva + BigInt(load.length);
+  return replacedUpTo(end, [], loads, (entry, byte) => ({
+    code: [...byteOf(loads, byte), movImmediate(load.dst, entry)],
+    leadsTo: end,
+  }));
+}
+
+/** A switch whose loads, `add` and `jmp` stand together. Nothing may branch to any of them but the first. */
+export interface WholeSwitch extends SwitchLoads {
   /** `add dst, register`, which holds the image base. */
   readonly add: Uint8Array;
   /** Bytes of `jmp dst`. */
@@ -70,11 +71,9 @@ export interface WholeSwitch {
 }
 
 export type WholeSwitchRefusal =
-  | ReplacedRefusal
+  | LoadsRefusal
   /** It is not the load's destination to which the image base is added. */
-  | 'another-add'
-  /** The byte table leads beyond the entries that are known. */
-  | 'byte-beyond-table';
+  | 'another-add';
 
 /**
  * A whole switch, up to its cases.
@@ -85,31 +84,49 @@ export function replacedSwitch(
   whole: WholeSwitch,
   { onlyLive } = { onlyLive: false },
 ): Replaced | Refused<WholeSwitchRefusal> {
-  const { load, entries, byteLoad, add, jmpLength } = whole;
-  const site = byteLoad?.load ?? load;
-  const byteDst = byteLoad?.load.dst;
-  const outputs = byteDst === undefined || byteDst === load.dst ? [load.dst] : [load.dst, byteDst];
-  if (!addsBase(add, load.dst, outputs)) return { refused: 'another-add' };
+  const { load, byteLoad, add, jmpLength } = whole;
+  if (!addsBase(add, load.dst, outputsOf(whole))) return { refused: 'another-add' };
   const addAt = load.gva + BigInt(load.length);
   const jmpAt = addAt + BigInt(add.length);
-
-  const outcome = (entry: number, byte?: number): Outcome => {
+  return replacedUpTo(jmpAt + BigInt(jmpLength), [addAt, jmpAt], whole, (entry, byte) => {
     const live = onlyLive ? whole.liveAt?.(entry) : undefined;
     const isLive = (register: GprName) => live?.registers.has(register) ?? true;
     const code: (readonly number[])[] = [];
-    if (byte !== undefined && byteDst !== load.dst && isLive(byteDst!))
-      code.push(movImmediate(byteDst!, byte));
+    if (byteLoad !== undefined && isLive(byteLoad.load.dst)) code.push(...byteOf(whole, byte));
     // The flags are those of the addition.
     if (isLive(load.dst) || live?.flags !== false) code.push(movImmediate(load.dst, entry), [...add]);
     return { code, leadsTo: BigInt.asUintN(64, load.baseValue + BigInt(entry)) };
-  };
+  });
+}
+
+/** What brings the byte into its register, if it stays there. */
+function byteOf({ load, byteLoad }: SwitchLoads, byte: number | undefined): number[][] {
+  const dst = byteLoad?.load.dst;
+  return byte === undefined || dst === undefined || dst === load.dst ? [] : [movImmediate(dst, byte)];
+}
+
+function outputsOf({ load, byteLoad }: SwitchLoads): GprName[] {
+  return [...new Set([load.dst, byteLoad?.load.dst ?? load.dst])];
+}
+
+/** @param behind the instructions behind the loads */
+function replacedUpTo(
+  end: Gva,
+  behind: readonly Gva[],
+  loads: SwitchLoads,
+  outcome: (entry: number, byte?: number) => Outcome,
+): Replaced | Refused<LoadsRefusal> {
+  const { load, entries, byteLoad } = loads;
+  const site = byteLoad?.load ?? load;
+  const outputs = outputsOf(loads);
   const bytes = byteLoad && Array.from(byteLoad.entries);
   if (bytes?.some((byte) => byte >= entries.length)) return { refused: 'byte-beyond-table' };
+  const second = byteLoad === undefined ? [] : [load.gva];
   return checked({
     site,
-    end: jmpAt + BigInt(jmpLength),
-    loads: byteLoad === undefined ? [load.gva] : [site.gva, load.gva],
-    interior: [...(byteLoad === undefined ? [] : [load.gva]), addAt, jmpAt],
+    end,
+    loads: [site.gva, ...second],
+    interior: [...second, ...behind],
     base: load.base,
     outputs,
     overwritten: overwrittenBy(outputs, site.idx, [...new Set([site.base, load.base])], load.baseValue),

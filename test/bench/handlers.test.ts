@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { type Cell, geomeans, MEASURED } from '../../src/bench/handlers/cells.js';
-import { FORMS, indexOf, switchFunction } from '../../src/bench/handlers/switch-code.js';
+import { FORMS, type Form, indexOf, switchFunction } from '../../src/bench/handlers/switch-code.js';
 import { Command } from '../cli/command.js';
 import { createFlatMachine, hexBytes } from '../machine/support.js';
 
@@ -36,8 +36,8 @@ describe('bench:handlers', () => {
     }
     const kinds = cells.map(({ form, cases, order, encoder }) => `${form} ${cases} ${order} ${encoder}`);
     expect(new Set(kinds).size).toBe(kinds.length);
-    // `lean-tight` has at most 31 entries.
-    expect(kinds.length).toBe(2 * (4 * 3 * 5 - 3));
+    // `lean-tight` has at most 31 entries; it and `lean-dense` are of one load.
+    expect(kinds.length).toBe(4 * 3 * (5 + 3) - 3);
     expect(command.records.at(-1)).toEqual({
       type: 'summary',
       geomeanToUntouched: {
@@ -72,17 +72,24 @@ describe('the code', () => {
   const placement = { image: 0x10_0000_0000n, offset: 0x100, handlerOffset: 0x8005 };
 
   test.each(FORMS)('is the same but for the site, %s: what is compared is the handler', (form) => {
-    const [untouched, seed] = [undefined, 'seed'].map((name) => switchFunction(form, 4, name, placement)!);
+    const [untouched, seed] = [undefined, MEASURED.seed].map(
+      (each) => switchFunction(form, 4, each, placement)!,
+    );
     const [before, after] = [untouched!.pieces[0]!.bytes, seed!.pieces[0]!.bytes];
     const changed = [...before.keys()].filter((at) => before[at] !== after[at]);
-    const site = before.indexOf(Buffer.from('8b8c82', 'hex'));
-    expect(changed.every((at) => at >= site && at < site + 7)).toBe(true);
+    const [site, add] = ['4883c604', '4803ca'].map((code) => before.indexOf(hexBytes(code)));
+    expect(changed.every((at) => at >= site! + 4 && at < add!)).toBe(true);
     expect(untouched!.handlerBytes).toBe(0);
-    expect(seed!.handlerBytes).toBe(47 + 4 * 11);
+    const byteHandler = form === 'two-level' ? 47 + 16 * 11 : 0;
+    expect(seed!.handlerBytes).toBe(byteHandler + 47 + 4 * 11);
   });
 
   test.each(
-    FORMS.flatMap((form) => [undefined, ...Object.values(MEASURED)].map((handler) => ({ form, handler }))),
+    FORMS.flatMap((form) =>
+      [undefined, ...Object.values(MEASURED)]
+        .filter((handler) => switchFunction(form, 4, handler, placement) !== undefined)
+        .map((handler) => ({ form, handler })),
+    ),
   )('goes from case to case as it is told: $form, $handler', ({ form, handler }) => {
     const machine = createFlatMachine();
     onTestFinished(() => machine.close());
@@ -109,6 +116,12 @@ describe('the code', () => {
   });
 
   test('is none where the handler is refused', () => {
-    expect(switchFunction('one-level', 64, 'lean-tight', placement)).toBeUndefined();
+    const refused = (form: Form, cases: number) =>
+      Object.entries(MEASURED)
+        .filter(([, handler]) => switchFunction(form, cases, handler, placement) === undefined)
+        .map(([name]) => name);
+    expect(refused('one-level', 4)).toEqual([]);
+    expect(refused('one-level', 64)).toEqual(['lean-tight']);
+    expect(refused('two-level', 4)).toEqual(['lean-dense', 'lean-tight']);
   });
 });

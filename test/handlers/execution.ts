@@ -132,8 +132,8 @@ export interface Prepared {
 
 export interface Form {
   layOut(code: GuestCode): HandlerLayout | Refused<string>;
-  /** What the handler stands in for: where it ends is compared. */
-  readonly replaces: 'load' | 'switch';
+  /** What the handler stands in for: where it ends is compared. `loads`: both of the two-level form. */
+  readonly replaces: 'load' | 'loads' | 'switch';
   /** What the code at a case needs. */
   readonly live?: Liveness | undefined;
   /** What the handler may leave in the arena, given what was there; without it, no change at all. */
@@ -330,8 +330,7 @@ export class HandlerRuns {
   #runOriginal({ arena, original, state, test }: Prepared): { after: CpuState; memory: Buffer } {
     arena.write(state.rip, original);
     arena.enter(state);
-    if (this.form.replaces === 'load') arena.step(1);
-    else arena.step(test.byte === undefined ? 3 : 4);
+    arena.step({ load: 1, loads: 2, switch: test.byte === undefined ? 3 : 4 }[this.form.replaces]);
     return { after: arena.state(), memory: arena.memory() };
   }
 

@@ -64,7 +64,7 @@ describe('the inline handler', () => {
   });
 
   it('is refused where the computed jump is longer than the switch', () => {
-    expect(planned(WHOLE, 'roomy').refused).toBe('site-too-short-for-inline');
+    expect(planned({ ...WHOLE, liveAt: () => undefined }, 'roomy').refused).toBe('site-too-short-for-inline');
     const inBase = { ...WHOLE, load: { ...LOAD, base: 'rcx' } } as const;
     expect(planned(inBase).refused).toBe('site-too-short-for-inline');
   });

@@ -3,10 +3,14 @@ import { afterAll, describe, expect, it } from 'vitest';
 import { LEAN_PACKINGS, leanLayout } from '../../src/handlers/lean.js';
 import {
   anyCase,
+  anyTwoLevelCase,
+  type Case,
+  everyByteIndex,
   everyChoice,
   everyIndex,
   everyKind,
   everyPairOfKinds,
+  everyTwoLevelKind,
   expectNoDifference,
   HandlerRuns,
   isInFrame,
@@ -16,7 +20,7 @@ import {
 
 describe.each(LEAN_PACKINGS)('the %s lean handler', (packing) => {
   const runs = new HandlerRuns({
-    layOut: ({ load, entries }) => leanLayout(load, entries, packing),
+    layOut: ({ load, entries }) => leanLayout({ load, entries }, packing),
     replaces: 'load',
   });
   afterAll(() => runs.close());
@@ -88,5 +92,44 @@ describe.each(LEAN_PACKINGS)('the %s lean handler', (packing) => {
     it('takes no harm of a real interrupt frame pushed and returned from', () => {
       expectNoDifference(few(), (test) => runs.compareWithRealInterrupts(test));
     });
+  });
+});
+
+describe.each(LEAN_PACKINGS)('the %s lean handler of both loads of a two-level switch', (packing) => {
+  const runs = new HandlerRuns({ layOut: ({ whole }) => leanLayout(whole, packing), replaces: 'loads' });
+  afterAll(() => runs.close());
+  const possible = (cases: Iterable<Case>) => [...cases].filter(runs.isPossible);
+
+  it('is refused where a preempted thread could not leave it, or a block has no room for two registers', () => {
+    for (const test of everyTwoLevelKind()) {
+      const { dst, idx, base, byte } = test;
+      const isLost = [byte!.idx, base].some((name) => [dst, idx].includes(name) && !isInFrame(name));
+      const isTooLong = packing === 'tight' && dst !== idx;
+      expect(runs.refusal(test)).toBe(
+        isLost ? 'register-not-in-frame' : isTooLong ? 'does-not-fit' : undefined,
+      );
+    }
+  });
+
+  it('does what both loads did: registers, flags, RIP, and no byte of memory changed', () => {
+    expectNoDifference(possible(everyTwoLevelKind()), runs.compare);
+    expectNoDifference(possible(everyByteIndex([1, 2, 31, 100])), runs.compare);
+    fc.assert(
+      fc.property(anyTwoLevelCase.filter(runs.isPossible), (test) =>
+        expectNoDifference([test], runs.compare),
+      ),
+      { numRuns: 300 },
+    );
+  });
+
+  it('takes no harm at any instruction boundary', () => {
+    const few = possible(everyByteIndex([7]));
+    expectNoDifference(few, (test) => runs.compareInterrupted(test, overwriteBelowStack));
+    expectNoDifference(few, (test) => runs.compareWithRealInterrupts(test));
+  });
+
+  it('lets a vCPU and a preempted thread leave at any instruction boundary', () => {
+    expectNoDifference(possible(everyTwoLevelKind()), runs.compareEvacuated);
+    expectNoDifference(possible(everyByteIndex([31])), runs.compareEvacuated);
   });
 });

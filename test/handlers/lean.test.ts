@@ -13,12 +13,12 @@ interface Change {
 
 function refused(packing: LeanPacking, { load, entries, handler = HANDLER }: Change) {
   const table = entries === undefined ? ENTRIES : new Uint32Array(entries);
-  const layout = leanLayout({ ...LOAD, ...load }, table, packing);
+  const layout = leanLayout({ load: { ...LOAD, ...load }, entries: table }, packing);
   return layout.refused ?? layout.at(handler).refused;
 }
 
 function bytes(packing: LeanPacking, load: Partial<LoadSite> = {}, entries = ENTRIES) {
-  const layout = leanLayout({ ...LOAD, ...load }, entries, packing);
+  const layout = leanLayout({ load: { ...LOAD, ...load }, entries }, packing);
   if (layout.refused !== undefined) throw new Error(layout.refused);
   const plan = layout.at(HANDLER);
   if (plan.refused !== undefined) throw new Error(plan.refused);
@@ -108,7 +108,7 @@ describe.each(LEAN_PACKINGS)('the refusals of %s', (packing) => {
 
     it('forwards, the last jump back must reach', () => {
       const gva = 0xffff_8000_1234_0003n;
-      const layout = leanLayout(LOAD, ENTRIES, packing);
+      const layout = leanLayout({ load: LOAD, entries: ENTRIES }, packing);
       const size = BigInt(layout.refused === undefined ? layout.size : 0);
       const furthest = gva + 7n + GB2 - (size - padding);
       const load = { gva, baseValue: gva };

@@ -110,21 +110,45 @@ describe('a two-level switch', () => {
     ]);
     expect(replaced).toEqual([
       ['fused', [byteLoad, load]],
+      ['fused-spread', [byteLoad, load]],
       ['fused-shared', [byteLoad, load]],
-      ['lean-roomy', [byteLoad], [load]],
-      ['lean-dense', [byteLoad], [load]],
-      ['lean-tight', [byteLoad], [load]],
+      ['lean-roomy', [byteLoad, load]],
+      ['lean-shared', [byteLoad, load]],
       ['seed', [byteLoad], [load]],
     ]);
-    expect(sizes(plans).filter(([name]) => name !== 'lean-short')).toEqual([
-      ['fused', 7 + 10 + 84 * 8 + 4 * 18],
+    expect(sizes(plans)).toEqual([
+      ['fused', 13 + 83 * 18 + 18],
+      ['fused-spread', 7 + 10 + 84 * 8 + 4 * 18],
       ['fused-shared', 13 + 84 * 5 + 4 * 18],
-      ['lean-roomy', 15 + 13 + 83 * 16 + 10 + 15 + 13 + 3 * 16 + 10],
-      ['lean-dense', 13 + 84 * 10 + 13 + 4 * 10],
-      ['lean-tight', 13 + 84 * 5 + 4 * 10 + 10 + 4 * 8 + 5],
+      ['lean-roomy', 15 + 13 + 83 * 16 + 15],
+      ['lean-shared', 13 + 84 * 5 + 4 * 15],
       ['seed', 47 + 84 * 11 + 47 + 4 * 11],
     ]);
   });
+
+  it('has a lean handler for each load where the loads do not stand together', () => {
+    const plans = planHandlers(twoLevel({ rva: 0xff0 }), IMAGE_BASE, 'lean');
+    const [byteLoad, load] = [IMAGE_BASE + 0xff0n, IMAGE_BASE + 0x1000n];
+    expect(affordable(plans, Infinity).map(({ parts }) => parts.map(({ replaces }) => replaces))).toEqual(
+      Array(3).fill([[byteLoad], [load]]),
+    );
+    expect(sizes(plans).filter(([name]) => name !== 'lean-short')).toEqual([
+      ['lean-roomy', 15 + 13 + 83 * 16 + 10 + 15 + 13 + 3 * 16 + 10],
+      ['lean-dense', 13 + 84 * 10 + 13 + 4 * 10],
+      ['lean-tight', 13 + 84 * 5 + 4 * 10 + 10 + 4 * 8 + 5],
+    ]);
+  });
+
+  it.each([
+    ['another register than the index', { destination: 'rbx' }, false],
+    ['its own, but something branches to the second load', {}, true],
+  ] as const)(
+    'has a lean handler for each load where the byte comes into %s',
+    (_, change, isBranchTarget) => {
+      const [lean] = planHandlers({ ...twoLevel(change), isBranchTarget }, IMAGE_BASE, 'lean');
+      expect(lean).toMatchObject({ parts: { length: 2 } });
+    },
+  );
 
   it.each([
     ['other code stands between its loads', twoLevel({ rva: 0xff0 })],

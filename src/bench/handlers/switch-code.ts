@@ -1,4 +1,4 @@
-import { planHandlers } from '../../handlers/planner.js';
+import { type Encoder, planHandlers } from '../../handlers/planner.js';
 import type { FoundSwitch, SwitchPart } from '../../switches/table.js';
 import type { Gva } from '../../vmi/address.js';
 import { GPR_NAMES } from '../../x86/registers.js';
@@ -18,6 +18,13 @@ export interface SwitchFunction {
   /** Of all handlers that its switch takes; 0 of the untouched switch. */
   readonly handlerBytes: number;
   readonly pieces: readonly Piece[];
+}
+
+/** What the planner is asked for. */
+export interface MeasuredHandler {
+  readonly encoder: Encoder;
+  /** Of one of its packings; without it the fastest. */
+  readonly name?: string;
 }
 
 /** Where a function lies, and its handler. */
@@ -52,21 +59,23 @@ export function indexOf(form: Form, cases: number, number: number): number {
 /**
  * The function with a switch of so many cases: `f(count, indices, image)`, which does as little as possible besides.
  *
- * @param handler the name of a handler, as the planner has it; without it the switch is left as it is
+ * @param handler without it the switch is left as it is
  * @returns `undefined` when that handler is refused
  */
 export function switchFunction(
   form: Form,
   cases: number,
-  handler: string | undefined,
+  handler: MeasuredHandler | undefined,
   placement: Placement,
 ): SwitchFunction | undefined {
   const { code, proof } = untouchedSwitch(form, cases, placement.offset);
   const { image, offset, handlerOffset } = placement;
   if (handler === undefined) return { offset, handlerBytes: 0, pieces: [{ offset, bytes: code }] };
 
-  const plan = planHandlers(proof, image, 'auto').find(({ name }) => name === handler);
-  if (plan?.refused !== undefined || plan === undefined) return undefined;
+  const plan = planHandlers(proof, image, handler.encoder)
+    .filter((plan) => plan.refused === undefined)
+    .find(({ name }) => handler.name === undefined || name === handler.name);
+  if (plan === undefined) return undefined;
   const handlers: Piece[] = [];
   let at = handlerOffset;
   for (const part of plan.parts) {
