@@ -29,6 +29,12 @@ const PTE_PRESENT = 1n;
 const PTE_WRITABLE = 2n;
 const PTE_FRAME = 0x000f_ffff_ffff_f000n;
 
+interface BootOptions {
+  readonly vcpus?: number;
+  readonly seed?: number;
+  readonly text?: Uint8Array;
+}
+
 /** A booted guest on the embedded machine, in this process. */
 export class EmbeddedGuest {
   readonly artefacts: GuestArtefacts;
@@ -36,16 +42,21 @@ export class EmbeddedGuest {
   readonly loaded: LoadedGuest;
   readonly hypervisor: MachineHypervisor;
 
-  private constructor(vcpus: number, seed: number) {
+  private constructor(vcpus: number, seed: number, text: Uint8Array | undefined) {
     this.artefacts = readGuestArtefacts();
     this.machine = createMachine({ vcpus, memoryBytes: MEMORY_BYTES });
-    this.loaded = loadGuest(this.machine, { image: this.artefacts.image, seed });
+    const { image, module } = this.artefacts;
+    this.loaded = loadGuest(this.machine, {
+      image,
+      seed,
+      ...(module && text && { module: { ...module, text } }),
+    });
     this.hypervisor = new MachineHypervisor(this.machine);
   }
 
-  /** Boots, and runs until every part of the workload has begun. */
-  static boot({ vcpus = 2, seed = 1 } = {}): EmbeddedGuest {
-    const guest = new EmbeddedGuest(vcpus, seed);
+  /** Boots, and runs until every part of the workload has begun. Without a text for its lexer it has no module. */
+  static boot({ vcpus = 2, seed = 1, text }: BootOptions = {}): EmbeddedGuest {
+    const guest = new EmbeddedGuest(vcpus, seed, text);
     onTestFinished(() => guest.machine.close());
     guest.startTimer();
     for (let run = 0; run < BOOT_RUNS; run++) {
