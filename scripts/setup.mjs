@@ -160,6 +160,15 @@ function buildGuest() {
   run(process.execPath, ['scripts/build-guest.mjs', 'build/guest']);
 }
 
+/** The guest can do without it. Tried once, and not for minutes: who has no network now is not kept waiting for it. */
+function fetchGuestModule() {
+  const { status } = spawnSync(process.execPath, ['scripts/fetch-binaries.mjs', 'tree-sitter-c'], {
+    stdio: ['ignore', 2, 2],
+    env: { ...process.env, npm_config_fetch_retries: '0', npm_config_fetch_timeout: '30000' },
+  });
+  if (status !== 0) say('the guest runs without real code; `npm run binaries` fetches it later');
+}
+
 function buildTypeScript() {
   rmSync('dist', { recursive: true, force: true });
   run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.build.json']);
@@ -204,6 +213,13 @@ const steps = [
       installGuestAssembler();
       buildGuest();
     },
+  },
+  {
+    name: 'module',
+    what: 'fetching real code for the guest to run (1 MB)',
+    inputs: ['scripts/fetch-binaries.mjs'],
+    outputs: [],
+    run: fetchGuestModule,
   },
   {
     name: 'typescript',
