@@ -56,7 +56,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
   const { kernel } = attachment;
   output.result(
     { type: 'attached', ...kernel },
-    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${plural(kernel.vcpus, 'vCPU')}, through ${kernel.library}`,
+    `attached: ${kernel.pdb} at ${hex(kernel.base)}, ${plural(kernel.modules, 'other module')}, ${plural(kernel.vcpus, 'vCPU')}, through ${kernel.library}`,
   );
   const describe = describeEvents();
   attachment.on('event', (event) => output.result(event, describe(event)));

@@ -4,7 +4,7 @@ import type { CodeChange, Patcher } from './patcher.js';
 import type { Redirection, Redirections } from './redirections.js';
 
 /** How long what we have changed in a module may be gone before it is noticed. */
-const CHECK_INTERVAL_MS = 1000;
+const CHECK_INTERVAL_MS = 250;
 
 /**
  * Notices when the guest has unloaded a module that holds a change of ours: its frames are somebody else's then, and
@@ -20,16 +20,17 @@ export class UnloadedModules {
     private readonly redirections: Redirections,
   ) {}
 
-  /** True when there are changes in modules, and they have not been looked at for a while. */
+  /** True when changes in modules, if there are any, have not been looked at for a while. */
   get isCheckDue(): boolean {
-    return performance.now() - this.#checkedAt >= CHECK_INTERVAL_MS && this.#inModules().length > 0;
+    return performance.now() - this.#checkedAt >= CHECK_INTERVAL_MS;
   }
 
   /** Whether a change is gone. Needs no pause, and is sure only with one. */
   hasLost(): boolean {
     this.#checkedAt = performance.now();
-    this.hypervisor.flushCaches();
-    return this.#inModules().some((redirection) => this.#isLost(redirection));
+    const inModules = this.#inModules();
+    if (inModules.length > 0) this.hypervisor.flushCaches();
+    return inModules.some((redirection) => this.#isLost(redirection));
   }
 
   /** Gives up every redirection of which something is gone, and returns them. For a quiescent guest. */

@@ -127,7 +127,8 @@ describe('an attachment that ends by an error of its own', () => {
   test('has unloaded by then, and answers with that error from then on', async () => {
     const attachment = await open();
     await attachment.hook('nt!NtCreateFile');
-    const error = await failure(attachment.hook(7 as unknown as string));
+    const noText = { toString: 1, valueOf: 1 } as unknown as string;
+    const error = await failure(attachment.hook(noText));
     expect(error).toBeInstanceOf(Error);
     expect(error).not.toBeInstanceOf(MemtablesError);
     const { message } = error as Error;

@@ -33,7 +33,12 @@ describe('attach', () => {
     command.kill('SIGINT');
     expect(await command.ended).toBe(0);
     const { records } = command;
-    expect(records[0]).toMatchObject({ type: 'attached', pdb: 'ntkrnlmp.pdb', vcpus: 2 });
+    expect(records[0]).toMatchObject({
+      type: 'attached',
+      pdb: 'ntkrnlmp.pdb',
+      vcpus: 2,
+      modules: expect.any(Number),
+    });
     expect(records.filter(({ type }) => type === 'hooked').map(({ name }) => name)).toEqual([
       'nt!NtQuerySystemInformation',
       'nt!NtCreateFile',
@@ -42,7 +47,7 @@ describe('attach', () => {
     expect(records.at(-1)).toMatchObject({ type: 'summary', hooks: 2, relocations: relocated.length });
     expect(relocated[0]).toMatchObject({
       site: expect.stringMatching(/^0x[0-9a-f]{16}$/),
-      handler: expect.stringMatching(/^0x[0-9a-f]{16}$/),
+      handlers: [expect.objectContaining({ gva: expect.stringMatching(/^0x[0-9a-f]{16}$/) })],
       encoder: 'seed',
     });
   });

@@ -31,6 +31,16 @@ describe('results in words', () => {
     expect(describeEvent({ ...site, reason: 'something-new' })).toMatch(/ alone: something-new$/);
   });
 
+  test('a load of a module is told with the module, and a module that is gone with what was in it', () => {
+    const describeEvent = describeEvents();
+    expect(
+      describeEvent({ type: 'refused', site: 1n, table: 2n, reason: 'no-slack', module: 'a.sys' }),
+    ).toMatch(/^left the load at 0x1 in a\.sys alone: /);
+    expect(describeEvent({ type: 'module-unloaded', owner: 'a!B', at: 0x10n })).toBe(
+      'the guest unloaded the module with a!B at 0x10: forgotten',
+    );
+  });
+
   test('seconds have no digits that mean nothing', () => {
     const report = {
       scans: 1,
