@@ -3,7 +3,7 @@ import { MemtablesError } from '../errors.js';
 import { affordable, planHandlers } from '../handlers/planner.js';
 import { PeImage } from '../nt/pe.js';
 import { findSlack, instabilityOf } from '../slack/regions.js';
-import { scanImage } from '../switches/scan.js';
+import { switchesIn } from '../switches/scan.js';
 import type { SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
@@ -72,7 +72,11 @@ function scan(path: string): Scan {
   try {
     const start = performance.now();
     const image = PeImage.fromFile(bytes);
-    const switches = scanImage(image, progressOf(path, codeSize(image))).map((site) => listed(image, site));
+    const switches: ListedSwitch[] = [];
+    // Each at once, while what its function was found to do is still known.
+    for (const site of switchesIn(image, progressOf(path, codeSize(image))))
+      switches.push(listed(image, site));
+    switches.sort((a, b) => a.site.rva - b.site.rva);
     const slack = slackOf(image);
     return { path, image, switches, slack, seconds: Math.round(performance.now() - start) / 1000 };
   } catch (cause) {

@@ -11,16 +11,23 @@ const SIB_SCALE_4 = 0b10000000;
 const LOAD_LENGTH = 7;
 const CHUNK = 1 << 20;
 
+/** Every load of an image from a switch's table among its code, in ascending order. */
+export function scanImage(image: PeImage): SwitchSite[] {
+  return [...switchesIn(image)].sort((a, b) => a.rva - b.rva);
+}
+
 /**
- * Every load of an image from a switch's table among its code, in ascending order: found, or refused with a reason.
+ * Every load of an image from a switch's table among its code, function by function: found, or refused with a reason.
  * Tables in other sections are left out: reads of them never trap.
  *
  * @param progress is told how many bytes of code have been looked at, again and again
  */
-export function scanImage(image: PeImage, progress: (bytes: number) => void = () => {}): SwitchSite[] {
+export function* switchesIn(
+  image: PeImage,
+  progress: (bytes: number) => void = () => {},
+): Generator<SwitchSite> {
   const functions = FunctionTable.read(image);
   const recogniser = new SwitchRecogniser(image, functions);
-  const sites = new Map<number, SwitchSite>();
   /** Where the functions and gaps begin that were looked at. */
   const analysed = new Set<number>();
   let before = 0;
@@ -37,12 +44,11 @@ export function scanImage(image: PeImage, progress: (bytes: number) => void = ()
       if (analysed.has(start)) continue;
       analysed.add(start);
       for (const site of recogniser.switchesAround(rva)) {
-        if (site.table !== undefined && isInCode(image, site.table)) sites.set(site.rva, site);
+        if (site.table !== undefined && isInCode(image, site.table)) yield site;
       }
     }
     before += section.virtualSize;
   }
-  return [...sites.values()].sort((a, b) => a.rva - b.rva);
 }
 
 function isInCode(image: PeImage, table: number): boolean {

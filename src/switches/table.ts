@@ -6,7 +6,7 @@ import { type Analysis, type Dispatch, DWORD, MAX_ENTRIES, readEntries, type Tab
 import { NEAR_JUMP_LENGTH } from './candidate.js';
 import { functionAt, MAX_FUNCTION_BYTES } from './functions.js';
 import { analyse } from './interpreter.js';
-import type { Liveness } from './liveness.js';
+import { type Liveness, livenessAt } from './liveness.js';
 import { byteTableEnd, dwordTableEnd } from './neighbours.js';
 
 /** Why a load is not a switch's table load with a proven end. */
@@ -90,7 +90,10 @@ export interface FoundSwitch extends SwitchPart {
   };
   /** Load, `add` and `jmp` stand together. */
   readonly adjacent: boolean;
-  /** What the code at a case may read before it writes it, by the case's address; absent: anything. */
+  /**
+   * What the code at a case may read before it writes it, by the case's address; absent: anything. Looked into for the
+   * registers that the switch itself writes to, and for the flags, once somebody asks.
+   */
   readonly liveAtCases: ReadonlyMap<number, Liveness>;
 }
 
@@ -172,6 +175,7 @@ export class SwitchRecogniser {
       isBranchTarget: analysis.branchTargets.has(Number(instruction.ip)),
     });
     const back = rva + load.instruction.length;
+    const liveAtCases = once(() => this.liveAtCases(rva));
     return {
       found: true,
       form,
@@ -189,7 +193,33 @@ export class SwitchRecogniser {
       add: { ...part(add), bytes: add.bytes },
       jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
       adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
-      liveAtCases: new Map(),
+      get liveAtCases() {
+        return liveAtCases();
+      },
+    };
+  }
+
+  /** The analysis may be gone by now: those of a large image would not fit into memory. */
+  private liveAtCases(rva: number): Map<number, Liveness> {
+    const analysis = this.analysisAt(rva)!;
+    const site = this.judge(analysis, rva) as FoundSwitch;
+    const written = [site.destination, site.byteTable?.destination].filter((name) => name !== undefined);
+    const cases = [...new Set(site.values)].filter((entry) => analysis.instructions.has(entry));
+    const casesOf = this.casesIn(analysis);
+    return new Map(cases.map((entry) => [entry, livenessAt(analysis, entry, written, casesOf)]));
+  }
+
+  /** Where the switches of a function lead, by the address of their jump. */
+  private casesIn(analysis: Analysis): (jmp: number) => readonly number[] | undefined {
+    return (jmp) => {
+      const loads = analysis
+        .dispatchedLoads()
+        .filter(({ rva }) => Number(analysis.dispatches.get(rva)!.jmp!.ip) === jmp);
+      const sites = loads.map(({ rva }) => this.judge(analysis, rva));
+      const known = sites.flatMap((site) => (site.found && site.evidence !== 'none' ? [site] : []));
+      return known.length === 0 || known.length < sites.length
+        ? undefined
+        : known.flatMap(({ values }) => values);
     };
   }
 
@@ -307,6 +337,14 @@ function whyOverlapping(analysis: Analysis, begin: number, end: number): Refusal
   if (analysis.overlapsCode(begin, end)) return 'table-overlaps-code';
   const next = analysis.nextTable(begin + 1);
   return next !== undefined && next < end ? 'table-overlaps-table' : undefined;
+}
+
+function once<Value>(make: () => Value): () => Value {
+  let made: { readonly value: Value } | undefined;
+  return () => {
+    made ??= { value: make() };
+    return made.value;
+  };
 }
 
 function refuse(rva: number, reason: RefusalReason): RefusedSwitch {
