@@ -728,7 +728,7 @@ describe('a guest that wants to keep the scan busy', () => {
 });
 
 describe('many findings', () => {
-  it('are cut off, but still block', () => {
+  it('are cut off, but still block, and it is said that they are not all', () => {
     const { guest, inside, scan, process } = setUp();
     for (let count = 0; count < 2; count++) {
       const thread = guest.addThread(process, { depth: 0x6000n });
@@ -737,5 +737,6 @@ describe('many findings', () => {
     }
     expect(scan().verdict).toBe('blocked');
     expect(scan().findings).toHaveLength(1000);
+    expect(scan().unsettled).toEqual(['there are more than 1000 live pointers']);
   });
 });
