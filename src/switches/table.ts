@@ -169,17 +169,13 @@ export class SwitchRecogniser {
 
     const { entries, evidence } = bound;
     const [add, jmp] = [dispatch!.add, dispatch!.jmp!];
-    const part = (instruction: Instruction): SwitchPart => ({
-      rva: Number(instruction.ip),
-      length: instruction.length,
-      isBranchTarget: analysis.branchTargets.has(Number(instruction.ip)),
-    });
     const back = rva + load.instruction.length;
+    // What is found outlives the analysis: it must not hold on to it.
     const liveAtCases = once(() => this.liveAtCases(rva));
     return {
       found: true,
       form,
-      ...part(load.instruction),
+      ...partOf(analysis, load.instruction),
       table: load.table,
       entries,
       evidence,
@@ -188,10 +184,10 @@ export class SwitchRecogniser {
       base: load.base,
       index: load.index,
       baseIsImageBase: true,
-      byteTable: byteLoad && this.byteTable(analysis, byteLoad, part(byteLoad.instruction), entries),
+      byteTable: byteLoad && this.byteTable(analysis, byteLoad, entries),
       back,
-      add: { ...part(add), bytes: add.bytes },
-      jmp: { ...part(jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
+      add: { ...partOf(analysis, add), bytes: add.bytes },
+      jmp: { ...partOf(analysis, jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
       adjacent: Number(add.ip) === back && Number(jmp.ip) === back + add.length,
       get liveAtCases() {
         return liveAtCases();
@@ -223,14 +219,14 @@ export class SwitchRecogniser {
     };
   }
 
-  private byteTable(analysis: Analysis, load: TableLoad, part: SwitchPart, dwords: number): ByteTable {
+  private byteTable(analysis: Analysis, load: TableLoad, dwords: number): ByteTable {
     const known = analysis.byteEntries(load);
     const entries = known ?? byteTableEnd(this.image, analysis, load, dwords);
     const values = [...this.image.read(load.table, entries)];
     const refused =
       known === undefined ? 'bound-not-proven' : this.whyByteLoadRefused(analysis, load, values, dwords);
     return {
-      ...part,
+      ...partOf(analysis, load.instruction),
       table: load.table,
       entries,
       values,
@@ -326,6 +322,10 @@ export class SwitchRecogniser {
     const view = readEntries(this.image, table, count);
     return Array.from({ length: view.byteLength / DWORD }, (_, index) => view.getUint32(index * DWORD, true));
   }
+}
+
+function partOf({ branchTargets }: Analysis, { ip, length }: Instruction): SwitchPart {
+  return { rva: Number(ip), length, isBranchTarget: branchTargets.has(Number(ip)) };
 }
 
 /** The dword loads of switches whose index is what the byte load at `byteLoad` brought. */
