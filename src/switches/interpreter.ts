@@ -10,6 +10,7 @@ import {
 } from '../x86/instruction.js';
 import { GPR_NAMES } from '../x86/registers.js';
 import { Analysis, DWORD, MAX_ENTRIES, readEntries, type TableLoad } from './analysis.js';
+import type { Callees } from './callees.js';
 import {
   type CodeRange,
   type FunctionCode,
@@ -45,15 +46,22 @@ const FAST_FAIL = 0x29n;
  * It takes for granted what the Windows x64 convention gives: calls keep the non-volatile registers, and
  * nothing but a handler of the unwind data enters a function in its middle. And it believes the compiler that
  * a switch without a guard stays within its own table.
+ *
+ * @param callees says what other functions of the image change, where that may be less than the convention allows
  */
-export function analyse(image: ImageBytes, code: FunctionCode, maxBytes = MAX_FUNCTION_BYTES): Analysis {
+export function analyse(
+  image: ImageBytes,
+  code: FunctionCode,
+  maxBytes = MAX_FUNCTION_BYTES,
+  callees?: Callees,
+): Analysis {
   const bytes = code.ranges.reduce((sum, { begin, end }) => sum + end - begin, 0);
   if (bytes > maxBytes || code.ranges.length > MAX_FRAGMENTS) {
     const analysis = new Analysis(code);
     analysis.outcome = 'too-complex';
     return analysis;
   }
-  const interpreter = new Interpreter(image, code, BASE_STEPS + bytes * STEPS_PER_BYTE);
+  const interpreter = new Interpreter(image, code, BASE_STEPS + bytes * STEPS_PER_BYTE, callees);
   try {
     return interpreter.run();
   } finally {
@@ -89,6 +97,7 @@ class Interpreter implements TableReader {
     private readonly image: ImageBytes,
     private readonly code: FunctionCode,
     private steps: number,
+    private readonly callees: Callees | undefined,
   ) {
     this.analysis = new Analysis(code);
     for (const range of code.ranges) {
@@ -339,7 +348,7 @@ class Interpreter implements TableReader {
           return true;
         }
         if (target !== undefined && !this.code.roots.includes(target)) this.branch(target, State.unknown());
-        stepCall(state);
+        stepCall(state, this.changedBy(target));
         return true;
       case FlowControl.Interrupt:
         return this.interrupt(state, instruction, previous);
@@ -350,6 +359,12 @@ class Interpreter implements TableReader {
       default:
         return false;
     }
+  }
+
+  /** Which volatile registers a call changes; of a part of this function, or of an address in memory, that may be all. */
+  private changedBy(target: number | undefined): number | undefined {
+    const isOther = target !== undefined && !this.contains(target);
+    return isOther ? this.callees?.changedBy(target) : undefined;
   }
 
   private interrupt(state: State, instruction: Instruction, previous: Instruction | undefined): boolean {

@@ -3,8 +3,9 @@ import type { ImageBytes } from '../nt/pe.js';
 import { gprName, type Instruction, Mnemonic } from '../x86/instruction.js';
 import type { GprName } from '../x86/registers.js';
 import { type Analysis, type Dispatch, DWORD, MAX_ENTRIES, readEntries, type TableLoad } from './analysis.js';
+import { Callees } from './callees.js';
 import { NEAR_JUMP_LENGTH } from './candidate.js';
-import { functionAt, MAX_FUNCTION_BYTES } from './functions.js';
+import { type FunctionCode, functionAt, MAX_FUNCTION_BYTES } from './functions.js';
 import { analyse } from './interpreter.js';
 import { type Liveness, livenessAt } from './liveness.js';
 import { byteTableEnd, dwordTableEnd } from './neighbours.js';
@@ -114,13 +115,16 @@ const KEPT_ANALYSES = 64;
 /** Says which loads of an image are switch-table loads, and where their tables end. */
 export class SwitchRecogniser {
   private readonly analyses = new Map<number, Analysis>();
+  private readonly callees: Callees;
 
   constructor(
     private readonly image: ImageBytes,
     private readonly functions: FunctionTable,
     /** Larger functions are not analysed. */
     private readonly maxFunctionBytes = MAX_FUNCTION_BYTES,
-  ) {}
+  ) {
+    this.callees = new Callees(image, functions);
+  }
 
   /**
    * The switch whose dword load is at `rva`, or whose byte load is, where that can be replaced. The number of entries
@@ -148,11 +152,21 @@ export class SwitchRecogniser {
     const code = functionAt(this.image, this.functions, rva);
     if (code === undefined) return undefined;
     const key = code.ranges[0]!.begin;
-    const analysis = this.analyses.get(key) ?? analyse(this.image, code, this.maxFunctionBytes);
+    const analysis = this.analyses.get(key) ?? this.analyse(code);
     this.analyses.delete(key); // back in as the last one used
     this.analyses.set(key, analysis);
     if (this.analyses.size > KEPT_ANALYSES) this.analyses.delete(this.analyses.keys().next().value!);
     return analysis;
+  }
+
+  /** What callees leave alone takes long to find out, and matters to few functions. */
+  private analyse(code: FunctionCode): Analysis {
+    const analysis = analyse(this.image, code, this.maxFunctionBytes);
+    const { dispatches } = analysis;
+    const isProven = ({ rva, baseIsImageBase }: TableLoad) =>
+      baseIsImageBase && dispatches.get(rva)!.toImageBase;
+    if (analysis.dispatchedLoads().every(isProven)) return analysis;
+    return analyse(this.image, code, this.maxFunctionBytes, this.callees);
   }
 
   private judge(analysis: Analysis, rva: number): SwitchSite {

@@ -12,7 +12,7 @@ import { GPR_NAMES } from '../x86/registers.js';
 import { type Relation, type State, type View, type Width, widthMax } from './state.js';
 
 /** rax, rcx, rdx, r8 to r11: what a call may change under the Windows x64 convention. */
-const VOLATILE_GPRS = [0, 1, 2, 8, 9, 10, 11];
+export const VOLATILE_GPRS = [0, 1, 2, 8, 9, 10, 11];
 const RAX = 0;
 
 /** What a load from a table brings; the analysis knows the tables. */
@@ -32,9 +32,13 @@ export function step(state: State, instruction: Instruction, tables: TableReader
   if (!handled || !isStackStore(instruction)) forgetStored(state, instruction);
 }
 
-/** A call returns with the volatile registers and the flags changed, and may have written to the frame. */
-export function stepCall(state: State): void {
-  for (const register of VOLATILE_GPRS) state.clobber(register);
+/**
+ * A call returns with registers and the flags changed, and may have written to the frame.
+ *
+ * @param changed bit n: the volatile register whose encoding is n
+ */
+export function stepCall(state: State, changed = -1): void {
+  for (const register of VOLATILE_GPRS) if (changed & (1 << register)) state.clobber(register);
   state.flags = undefined;
   state.forgetAllSlots();
 }
