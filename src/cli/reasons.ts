@@ -43,10 +43,13 @@ const INSTABILITIES: Record<Instability, string> = {
 const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'too-many-entries': 'the table has more entries than a handler has blocks',
   'jump-out-of-range': 'the slack is more than 2 GB away',
-  'not-adjacent': 'with `--handler fused`: other code stands between the load and the jump',
-  'branch-target': 'with `--handler fused`: something branches to the `add` or the `jmp` behind the load',
-  'another-add': 'with `--handler fused`: what is added behind the load is not the image base to the entry',
-  retpoline: 'with `--handler fused`: the kernel has replaced the jump by one that does not speculate',
+  'register-not-in-frame':
+    'a thread preempted in the handler could not get the register back that the load overwrites',
+  'no-register-for-address': 'no register can hold an address',
+  'not-adjacent': 'for the whole switch: other code stands between its instructions',
+  'branch-target': 'for the whole switch: something branches to an instruction behind its first',
+  'another-add': 'for the whole switch: what is added behind the load is not the image base to the entry',
+  retpoline: 'for the whole switch: the kernel has replaced the jump by one that does not speculate',
 };
 
 /** Why a load is left alone in a running guest, besides `LOAD_REFUSALS`. */

@@ -142,7 +142,6 @@ function listed(image: PeImage, site: SwitchSite): ListedSwitch {
   if (unstable !== undefined) return refused(unstable);
   const unstableTable = instabilityOf(image.sectionAt(site.table)!);
   if (unstableTable !== undefined) return refused(`table-${unstableTable}`);
-  if (site.evidence === 'none') return refused('bound-not-proven'); // no handler asks whether the index is inside
   const plans = planHandlers(site, image.imageBase, 'auto');
   const [handler] = affordable(plans, Number.POSITIVE_INFINITY);
   // The last encoder is the one that asks least of a load.

@@ -13,7 +13,7 @@ interface Guard {
   /** Compares the index with the last one that is known. */
   readonly compare: readonly number[];
   /** The original load, for an index beyond. */
-  readonly load: Uint8Array;
+  readonly load: readonly number[];
 }
 
 /** The shortest code that jumps to a block; `undefined` where no register can hold an address. */
@@ -42,12 +42,12 @@ export function detour(
 /**
  * The same for a bound that is not proven: an index beyond it goes to a copy of the load.
  *
- * @param load the load's bytes, which lead to the same address wherever they stand
+ * @param load the load, which reads the same wherever it stands
  */
 export function guardedDetour(
   replaced: Replaced,
   packing: Packing,
-  load: Uint8Array,
+  load: readonly number[],
 ): HandlerLayout | Refused<'no-register-for-address'> {
   const { site, outcomes } = replaced;
   return layOut(replaced, packing, { compare: compareTo(site.idx, outcomes.length - 1), load });

@@ -7,6 +7,8 @@ export const INT3 = 0xcc;
 
 const REX_W = 8;
 const LEA = 0x8d;
+const MOV_LOAD = 0x8b;
+const MOVZX_BYTE = [0x0f, 0xb6];
 const MOV_IMM32 = 0xb8;
 const COMPARE_IMM8 = 0x83;
 const COMPARE_IMM32 = 0x81;
@@ -41,6 +43,20 @@ export function u32(value: bigint): Buffer {
 }
 
 export type Scale = 1 | 2 | 4 | 8;
+
+/** `mov dst32, [base + idx*4 + displacement]`, or, with a scale of 1, `movzx dst32, byte [base + idx + displacement]` */
+export function loadEntry(
+  dst: GprName,
+  base: GprName,
+  idx: GprName,
+  scale: 1 | 4,
+  displacement: number,
+): number[] {
+  const [prefix, , ...operands] = leaIndexed(dst, base, idx, scale, displacement);
+  const narrow = prefix! & ~REX_W;
+  const opcode = scale === 4 ? [MOV_LOAD] : MOVZX_BYTE;
+  return [...(narrow === rex({}) ? [] : [narrow]), ...opcode, ...operands];
+}
 
 /** `lea dst, [base + idx*scale]`, with a displacement of 32 bits where one is given. */
 export function leaIndexed(

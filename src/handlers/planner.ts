@@ -1,16 +1,20 @@
 import type { ByteTable, FoundSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
 import { fusedLayout, SWITCH_PACKINGS, type SwitchPacking, type SwitchRefusal } from './fused.js';
+import { guardedLayout } from './guarded.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
 import type { HandlerLayout, LoadSite, Refused } from './plan.js';
 import type { SwitchLoads, WholeSwitch } from './replaced.js';
 import { seedLayout } from './seed.js';
 
 /** What lays a handler out. */
-export const ENCODERS = ['seed', 'lean', 'fused'] as const;
+export const ENCODERS = ['seed', 'lean', 'fused', 'guarded'] as const;
 export type Encoder = (typeof ENCODERS)[number];
 
-/** Which encoders may be used; `auto`: all of them, the fastest first. */
+/**
+ * Which encoders may be used; `auto`: all of them, the fastest first, but `guarded` for tables whose end is not proven
+ * only.
+ */
 export const HANDLER_CHOICES = ['auto', ...ENCODERS] as const;
 export type HandlerChoice = (typeof HANDLER_CHOICES)[number];
 
@@ -23,7 +27,13 @@ type DispatchRefusal =
   /** The kernel has replaced the `jmp`; it does not want one. */
   | 'retpoline';
 
-export type HandlerRefusal = LeanRefusal | SwitchRefusal | DispatchRefusal | 'jump-out-of-range';
+export type HandlerRefusal =
+  | LeanRefusal
+  | SwitchRefusal
+  | DispatchRefusal
+  | 'jump-out-of-range'
+  /** Only a handler with a guard may be used. */
+  | 'bound-not-proven';
 
 /**
  * Slack that is kept for the smallest handlers of other switches, in bytes: some sixty of them. Which loads are hot, and
@@ -32,6 +42,9 @@ export type HandlerRefusal = LeanRefusal | SwitchRefusal | DispatchRefusal | 'ju
 const KEPT_SLACK = 10_240;
 /** Of what is left besides, a handler may take one part more than the smallest would: the hottest loads come first. */
 const SPENT_PARTS = 16;
+
+const PROVEN_FASTEST_FIRST = ['fused', 'lean', 'seed'] as const;
+const UNPROVEN = ['guarded'] as const;
 
 /** Operand and address sizes of what the recogniser accepts. */
 const ACCEPTED_BITS = { dstBits: 32, addressBits: 64 } as const;
@@ -57,6 +70,7 @@ export type HandlerPlanning = Candidate | (Way & Refused<HandlerRefusal>);
 type Layout = HandlerLayout | Refused<HandlerRefusal>;
 /** One of the loads of a switch. */
 type Load = Pick<SwitchLoads, 'load' | 'entries'>;
+
 /**
  * What each encoder that may be used says to a switch, in an image at `imageBase`; those with the fastest handlers first.
  * Of an encoder's packings, one that is as large as a faster one is left out.
@@ -66,21 +80,35 @@ export function planHandlers(
   imageBase: Gva,
   choice: HandlerChoice,
 ): readonly HandlerPlanning[] {
-  const planned: Record<Encoder, () => HandlerPlanning[]> = {
-    fused: () => switchWays('fused', proof, imageBase, fusedLayout),
-    lean: () => leanWays(proof, imageBase),
-    seed: () => [
-      planning(
-        'seed',
-        'seed',
-        loadsOf(proof, imageBase).map(({ load, entries }) => seedLayout(load, entries)),
-      ),
-    ],
-  };
-  const fastestFirst = ['fused', 'lean', 'seed'] as const;
-  return fastestFirst
-    .filter((encoder) => choice === 'auto' || choice === encoder)
-    .flatMap((encoder) => planned[encoder]());
+  const isProven = proof.evidence !== 'none';
+  const chosen = choice === 'auto' ? (isProven ? PROVEN_FASTEST_FIRST : UNPROVEN) : [choice];
+  return chosen.flatMap((encoder): HandlerPlanning[] =>
+    isProven || encoder === 'guarded'
+      ? waysOf(encoder, proof, imageBase)
+      : [{ encoder, name: encoder, refused: 'bound-not-proven' }],
+  );
+}
+
+function waysOf(encoder: Encoder, proof: FoundSwitch, imageBase: Gva): HandlerPlanning[] {
+  const { table } = proof.byteTable ?? proof;
+  switch (encoder) {
+    case 'fused':
+      return switchWays('fused', proof, imageBase, fusedLayout);
+    case 'lean':
+      return leanWays(proof, imageBase);
+    case 'guarded':
+      return switchWays('guarded', proof, imageBase, (whole, packing) =>
+        guardedLayout(whole, table, packing),
+      );
+    case 'seed':
+      return [
+        planning(
+          'seed',
+          'seed',
+          loadsOf(proof, imageBase).map(({ load, entries }) => seedLayout(load, entries)),
+        ),
+      ];
+  }
 }
 
 /**
@@ -176,8 +204,9 @@ function switchWays(
 ): HandlerPlanning[] {
   const { byteTable } = proof;
   const whole = wholeSwitch(proof, byteTable, imageBase);
-  const rest =
-    'refused' in whole && byteTable !== undefined ? wholeSwitch(proof, undefined, imageBase) : whole;
+  // A handler for the byte load alone would have no guard.
+  const mayBeDivided = byteTable !== undefined && encoder !== 'guarded';
+  const rest = 'refused' in whole && mayBeDivided ? wholeSwitch(proof, undefined, imageBase) : whole;
   if ('refused' in rest) return [{ encoder, name: encoder, refused: rest.refused }];
   const apart = rest === whole ? [] : [byteTable!];
   const ways = SWITCH_PACKINGS.map((packing) => {

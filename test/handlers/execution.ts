@@ -117,8 +117,8 @@ export interface GuestCode {
   readonly load: LoadSite;
   readonly entries: Uint32Array;
   readonly whole: WholeSwitch;
-  /** Bytes of the first load. */
-  readonly firstLoad: Buffer;
+  /** Where the table of the first load begins, from the base on. */
+  readonly table: number;
 }
 
 export interface Prepared {
@@ -304,7 +304,7 @@ export class HandlerRuns {
     const code: GuestCode = {
       load: dwordSite,
       entries,
-      firstLoad: byte === undefined ? load : byteLoad,
+      table: byte === undefined ? disp : byteDisp,
       whole: {
         load: dwordSite,
         entries,

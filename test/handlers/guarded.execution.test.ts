@@ -20,13 +20,13 @@ import {
 describe.each(SWITCH_PACKINGS)('the %s guarded handler', (packing) => {
   /** @param known of the entries, how many the handler is told of */
   const guarded = (known: number) => {
-    const layOut = ({ whole, firstLoad }: GuestCode) => {
+    const layOut = ({ whole, table }: GuestCode) => {
       const { byteLoad, entries } = whole;
       const short =
         byteLoad === undefined
           ? { ...whole, entries: Array.from(entries).slice(0, known) }
           : { ...whole, byteLoad: { ...byteLoad, entries: Array.from(byteLoad.entries).slice(0, known) } };
-      return guardedLayout(short, firstLoad, packing);
+      return guardedLayout(short, table, packing);
     };
     return new HandlerRuns({ layOut, replaces: 'switch' });
   };

@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import {
   affordable,
+  ENCODERS,
   type HandlerChoice,
   type HandlerPlanning,
   passedOver,
@@ -162,6 +163,45 @@ describe('a two-level switch', () => {
     expect(byteLoad!.replaces).toEqual([IMAGE_BASE + BigInt(found.byteTable!.rva)]);
     expect(rest!.replaces).toEqual([IMAGE_BASE + 0x1000n]);
     expect(fused!.size).toBe(13 + 84 * 5 + 4 * 10 + 15 + 13 + 3 * 16 + 13);
+  });
+});
+
+describe('a table whose end is not proven', () => {
+  const unproven = { ...proof(4), evidence: 'none' } as const;
+  const two = { ...twoLevel(), evidence: 'none' } as const;
+
+  it.each([unproven, two])('has handlers with a guard only: $form', (found) => {
+    expect(planHandlers(found, IMAGE_BASE, 'auto').map(({ encoder }) => encoder)).toContain('guarded');
+    for (const choice of ['auto', ...ENCODERS] as const) {
+      const possible = affordable(planHandlers(found, IMAGE_BASE, choice), Infinity);
+      expect(new Set(possible.map(({ encoder }) => encoder))).toEqual(
+        new Set(choice === 'auto' || choice === 'guarded' ? ['guarded'] : []),
+      );
+    }
+    expect(sizes(planHandlers(found, IMAGE_BASE, 'lean'))).toEqual([['lean', 'bound-not-proven']]);
+  });
+
+  it('has none where its byte load stands apart, or its flags would have to be saved', () => {
+    const apart = { ...two, byteTable: { ...two.byteTable!, rva: 0xff0 } };
+    expect(sizes(planHandlers(apart, IMAGE_BASE, 'auto'))).toEqual([['guarded', 'not-adjacent']]);
+    const unlike = { ...unproven, adjacent: false };
+    expect(sizes(planHandlers(unlike, IMAGE_BASE, 'auto'))).toEqual([['guarded', 'not-adjacent']]);
+  });
+
+  it('keeps a copy of the load, which an index beyond reaches', () => {
+    const [guarded] = affordable(planHandlers(two, IMAGE_BASE, 'auto'), Infinity);
+    const plan = guarded!.parts[0]!.at(IMAGE_BASE + 0x10_0000n);
+    if (plan.refused !== undefined) throw new Error(plan.refused);
+    const { gva, bytes } = plan.handler;
+    // movzx eax, byte [rdx + rax + 0x2010]
+    expect(bytes.subarray(Number(plan.fallback! - gva)).toString('hex')).toMatch(/^0fb6840210200000e9/);
+    // cmp rax, 83; ja fallback
+    expect(bytes.subarray(0, plan.blocks).toString('hex')).toContain('4883f8530f87');
+  });
+
+  it('is not what the guard is for by default', () => {
+    expect(plan(4).filter(({ encoder }) => encoder === 'guarded')).toEqual([]);
+    expect(affordable(plan(4, 'guarded'), Infinity).length).toBeGreaterThan(0);
   });
 });
 
