@@ -12,7 +12,7 @@ import { Hooks } from './hooks.js';
 import { Monitor } from './monitor.js';
 import { type CodeChange, Patcher } from './patcher.js';
 import { type Redirection, Redirections } from './redirections.js';
-import { Relocator } from './relocator.js';
+import { type Prepared, Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
 import { ignore, SiteTable } from './sites.js';
 import { UnloadedModules } from './unloaded-modules.js';
@@ -74,6 +74,7 @@ export class Engine {
     );
     this.#hooks = new Hooks(hypervisor, this.#images, this.#slack, this.#redirections, readOriginal);
     this.#relocator = new Relocator(
+      hypervisor,
       this.#images,
       this.#sites,
       this.#slack,
@@ -93,7 +94,12 @@ export class Engine {
 
   /** True when `work` has something to do. */
   get hasWork(): boolean {
-    return this.#monitor.hasWork || this.#images.isRefreshDue || this.#unloadedModules.isCheckDue;
+    return (
+      this.#monitor.hasWork ||
+      this.#unloader.hasWork ||
+      this.#images.isRefreshDue ||
+      this.#unloadedModules.isCheckDue
+    );
   }
 
   /** How many kernel modules were loaded besides NT when it was last looked. */
@@ -137,11 +143,12 @@ export class Engine {
     const isReady = prepared !== undefined && !('type' in prepared);
     // The guest need not be paused for it.
     if (prepared !== undefined && !isReady) this.#options.report(prepared);
-    if (!isReady && !hasLost && !this.#monitor.hasWrites) return;
+    if (!isReady && !hasLost && !this.#monitor.hasWrites && !this.#unloader.hasWork) return;
     whileQuiescent(this.#hypervisor, () => {
       this.#yieldToGuest();
+      this.#unloader.disableRetired();
       this.#unloader.removeDisabled();
-      if (isReady) this.#options.report(this.#relocator.relocate(prepared));
+      if (isReady) this.#relocate(prepared);
     });
   }
 
@@ -149,14 +156,12 @@ export class Engine {
    * Stops relocating and restores every site; handlers stay, so that a thread inside one finishes normally. The first
    * half of `unload`.
    *
-   * @throws MemtablesError of the hypervisor or the journal
+   * @throws MemtablesError of the hypervisor or the journal; `UNLOAD_BLOCKED` when threads stay inside a site for longer
+   *   than the option allows
    */
   disable(): void {
     this.#monitor.relocating = false;
-    whileQuiescent(this.#hypervisor, () => {
-      this.#yieldToGuest();
-      this.#unloader.disable();
-    });
+    this.#unloader.disable(this.#options.unloadSeconds, () => this.#yieldToGuest(), this.#reportBlocked);
   }
 
   /**
@@ -169,7 +174,7 @@ export class Engine {
     const report = this.#unloader.unload(
       this.#options.unloadSeconds,
       () => this.#yieldToGuest(),
-      (where) => this.#options.report({ type: 'unload-blocked', where }),
+      this.#reportBlocked,
     );
     this.#loaded = false;
     return report;
@@ -196,6 +201,15 @@ export class Engine {
     };
   }
 
+  readonly #reportBlocked = (where: readonly string[]) =>
+    this.#options.report({ type: 'unload-blocked', where });
+
+  #relocate(prepared: Prepared): void {
+    const outcome = this.#relocator.relocate(prepared);
+    if (outcome === 'in-use') this.#monitor.postpone(prepared.hot);
+    else this.#options.report(outcome);
+  }
+
   /** What the guest has written over, or unloaded, is the guest's: the redirection it belonged to is taken back. */
   #yieldToGuest(): void {
     const retired = new Set<Redirection>();
@@ -216,7 +230,7 @@ export class Engine {
       this.#options.report({ type: 'module-unloaded', owner: redirection.label, at: redirection.at });
     }
     for (const redirection of retired) {
-      this.#redirections.disable(redirection);
+      this.#unloader.retire(redirection);
       // It ends in code that is the guest's no longer.
       redirection.evacuation = undefined;
       for (const site of this.#sites.all()) {

@@ -4,7 +4,6 @@ import { surveyFunction } from '../hooks/survey.js';
 import type { KernelImage } from '../nt/kernel-image.js';
 import type { KernelImages } from '../nt/kernel-images.js';
 import type { Section } from '../nt/pe.js';
-import { scanGuest } from '../safety/scan.js';
 import type { SlackBlock } from '../slack/allocator.js';
 import { type Instability, instabilityOf } from '../slack/regions.js';
 import type { SlackOfImages } from '../slack/slack-of-images.js';
@@ -13,7 +12,7 @@ import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { parseHookName } from './hook-name.js';
-import { describeObstacles } from './obstacles.js';
+import { describeObstacles, occupantsOf } from './obstacles.js';
 import { letGuestRun } from './patience.js';
 import { interiorOf, type Redirection, type Redirections } from './redirections.js';
 
@@ -88,7 +87,7 @@ export class Hooks {
     }
     if (!('entry' in plan)) return plan;
     const { trampoline: code, entry: jump } = plan;
-    return this.redirections.install({ kind: 'hook', label: name, code, jump, slack });
+    return this.redirections.install({ kind: 'hook', label: name, code, jump, slack, isDivided: true });
   }
 
   #plan(
@@ -106,10 +105,7 @@ export class Hooks {
       throw refused(name, 'overlaps-relocation', 'Place hooks before table loads are relocated.');
     }
     const interior = interiorOf(gva, replaced, name);
-    const { findings, unsettled } = scanGuest(this.hypervisor, this.images.nt, [interior]);
-    // The replaced bytes hold no call, so that nothing but a RIP leads into them.
-    const obstacles = { findings: findings.filter(({ isRip }) => isRip), unsettled };
-    const inTheWay = describeObstacles(obstacles);
+    const inTheWay = describeObstacles(occupantsOf(this.hypervisor, this.images.nt, [interior]));
     return inTheWay.length > 0 ? inTheWay : plan;
   }
 

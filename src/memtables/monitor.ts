@@ -18,6 +18,8 @@ const MAX_READERS = 65_536;
 const MAX_PENDING_WRITES = 4096;
 /** What an address that is in no image is in. */
 const NOWHERE = { start: 0n, end: 0n };
+/** A thread that was preempted has a good chance to be gone by then. */
+const RETRY_MS = 20;
 /** libvmi keeps a page for two seconds. */
 const LONGEST_CACHED_MS = 2500;
 
@@ -42,6 +44,8 @@ export class Monitor implements HiddenMemory {
   readonly readers = new Map<Gva, number>();
   #relocating = false;
   #queue: Site[] = [];
+  /** Sites to try again, those that are due first. */
+  #postponed: { readonly site: Site; readonly due: number }[] = [];
   readonly #writes = new Map<string, GuestWrite>();
   /** When the guest last wrote to a trapped frame. */
   #wroteAt = Number.NEGATIVE_INFINITY;
@@ -59,13 +63,17 @@ export class Monitor implements HiddenMemory {
   set relocating(enabled: boolean) {
     this.#relocating = enabled;
     if (!enabled) {
-      for (const site of this.#queue.splice(0)) site.state = 'counted';
+      const postponed = this.#postponed.splice(0).map(({ site }) => site);
+      for (const site of [...this.#queue.splice(0), ...postponed]) {
+        if (site.state === 'queued') site.state = 'counted';
+      }
     }
     for (const site of this.sites.all()) this.#queueIfHot(site);
   }
 
   /** True when the next work step has something to do. */
   get hasWork(): boolean {
+    this.#queuePostponed();
     return this.#queue.length > 0 || this.hasWrites;
   }
 
@@ -127,6 +135,18 @@ export class Monitor implements HiddenMemory {
     for (;;) {
       const site = this.#queue.shift();
       if (site === undefined || site.state === 'queued') return site;
+    }
+  }
+
+  /** Has a site that was taken come again, when the guest has run on. */
+  postpone(site: Site): void {
+    this.#postponed.push({ site, due: performance.now() + RETRY_MS });
+  }
+
+  #queuePostponed(): void {
+    const now = performance.now();
+    while (this.#postponed[0] !== undefined && this.#postponed[0].due <= now) {
+      this.#queue.push(this.#postponed.shift()!.site);
     }
   }
 

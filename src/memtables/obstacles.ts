@@ -1,11 +1,19 @@
-import type { Finding, ScanResult } from '../safety/scan.js';
+import type { Kernel } from '../nt/kernel.js';
+import { type Finding, type LiveRange, type ScanResult, scanGuest } from '../safety/scan.js';
 import { hex } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
 
 /** How many places a message names. */
 const MAX_PLACES = 5;
 
 /** What keeps code from being changed or taken out now. */
 export type Obstacles = Pick<ScanResult, 'findings' | 'unsettled'>;
+
+/** What stands inside of instructions that are to be replaced. They hold no call: nothing but a RIP leads into them. */
+export function occupantsOf(hypervisor: Hypervisor, kernel: Kernel, ranges: readonly LiveRange[]): Obstacles {
+  const { findings, unsettled } = scanGuest(hypervisor, kernel, ranges);
+  return { findings: findings.filter(({ isRip }) => isRip), unsettled };
+}
 
 /** For a person: where live pointers are, and what could not be looked at. */
 export function describeObstacles({ findings, unsettled }: Obstacles): string[] {

@@ -15,6 +15,8 @@ export interface RedirectionPlan {
   readonly code: Patch;
   readonly jump: Patch;
   readonly slack: SlackBlock;
+  /** The replaced code is more than one instruction: a thread may stand inside of it. */
+  readonly isDivided: boolean;
   readonly evacuation?: Evacuation;
 }
 
@@ -27,6 +29,8 @@ export interface Redirection {
   readonly length: number;
   readonly code: CodeChange;
   readonly slack: SlackBlock;
+  /** Where no thread may stand while the replaced code is changed; absent where that is one instruction. */
+  readonly interior: LiveRange | undefined;
   /** How a vCPU gets out of our code; absent where it has to leave by itself. */
   evacuation: Evacuation | undefined;
   /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
@@ -74,12 +78,14 @@ export class Redirections {
     return redirections;
   }
 
-  #prepare({ kind, label, code, jump, slack, evacuation }: RedirectionPlan): Redirection {
+  #prepare({ kind, label, code, jump, slack, isDivided, evacuation }: RedirectionPlan): Redirection {
+    const { gva: at, bytes } = jump;
     const redirection: Redirection = {
       kind,
       label,
-      at: jump.gva,
-      length: jump.bytes.length,
+      at,
+      length: bytes.length,
+      interior: isDivided ? interiorOf(at, bytes.length, label) : undefined,
       code: this.patcher.prepare(`code of ${label}`, code),
       jump: this.patcher.prepare(`jump of ${label}`, jump),
       slack,
@@ -148,11 +154,9 @@ export class Redirections {
     }));
   }
 
-  /** Where a live pointer must not be when a hook's replaced code is put back: behind its first byte. */
-  entryRanges(): LiveRange[] {
-    return this.ofKind('hook')
-      .filter(({ jump }) => jump !== undefined)
-      .map(({ at, length, label }) => interiorOf(at, length, label));
+  /** Where a live pointer must not be when replaced code is put back that is more than one instruction. */
+  entryRanges(redirections: Iterable<Redirection>): LiveRange[] {
+    return [...redirections].flatMap(({ interior, jump }) => (interior && jump ? [interior] : []));
   }
 
   /** Takes out what can be taken out, whatever else fails. */

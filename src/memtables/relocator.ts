@@ -1,4 +1,4 @@
-import type { HandlerLayout } from '../handlers/plan.js';
+import type { HandlerLayout, Patch } from '../handlers/plan.js';
 import {
   affordable,
   type Candidate,
@@ -14,12 +14,19 @@ import type { SlackOfImages } from '../slack/slack-of-images.js';
 import { type CodeRange, functionAt } from '../switches/functions.js';
 import { type FoundSwitch, SwitchRecogniser } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
+import { occupantsOf } from './obstacles.js';
 import { type PlacedHandler, Placer } from './placer.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
 import { ignore, replace, type Site, type SiteTable } from './sites.js';
 
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
+
+/** Something stands inside the code to be replaced; it may be gone when the guest has run on. */
+const IN_USE = 'in-use';
+/** Then it is left to code that replaces the loads alone. */
+const MOST_TRIES = 20;
 
 const ENTRY_BYTES = 4;
 /** Trapped vCPUs stand still while a load is proven: no function of a kernel is larger. */
@@ -34,6 +41,8 @@ interface Way {
 interface Placed {
   readonly candidate: Candidate;
   readonly handlers: readonly PlacedHandler[];
+  /** Why others have no place, by name. */
+  readonly failed: Readonly<Record<string, string>>;
 }
 
 /** A hot load, the switch that it belongs to, and what that can be replaced by. */
@@ -51,6 +60,7 @@ export class Relocator {
   readonly #recognisers = new WeakMap<KernelImage, SwitchRecogniser>();
 
   constructor(
+    private readonly hypervisor: Hypervisor,
     private readonly images: KernelImages,
     private readonly sites: SiteTable,
     private readonly slack: SlackOfImages,
@@ -76,14 +86,20 @@ export class Relocator {
   }
 
   /**
-   * Relocates the switch, or marks its loads as ignored with the reason. For a quiescent guest.
+   * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again. For
+   * a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
-  relocate(prepared: Prepared): Outcome {
-    const { image, proof, loads, plans } = prepared;
+  relocate(prepared: Prepared): Outcome | typeof IN_USE {
+    const { hot, image, proof, loads, plans } = prepared;
     if (!this.#isUnchanged(image, proof)) return refuse(loads, 'code-has-changed', image);
-    const placed = this.#place(plans, new Placer(this.slack.for(image)));
+    const mayWait = hot.tries < MOST_TRIES;
+    const placed = this.#place(plans, new Placer(this.slack.for(image)), mayWait);
+    if (placed === IN_USE && mayWait) {
+      hot.tries++;
+      return IN_USE;
+    }
     return typeof placed === 'string' ? refuse(loads, placed, image) : this.#install(prepared, placed);
   }
 
@@ -120,31 +136,64 @@ export class Relocator {
   }
 
   /** The fastest handlers for which there is slack, with their places; otherwise the reason why there are none. */
-  #place(plans: readonly HandlerPlanning[], placer: Placer): Placed | string {
+  #place(plans: readonly HandlerPlanning[], placer: Placer, mayWait: boolean): Placed | string {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
+    const failed: Record<string, string> = {};
     for (const { candidate, parts } of waysOf(plans, placer.freeBytes)) {
-      const handlers = placer.place(parts);
-      if (typeof handlers === 'string') {
-        reason = handlers;
-        continue;
-      }
-      const obstacle = this.#obstacleTo(handlers);
-      if (obstacle === undefined) return { candidate, handlers };
-      placer.release(handlers);
-      reason = obstacle;
+      const handlers = this.#placeUnobstructed(parts, placer, mayWait);
+      if (typeof handlers !== 'string') return { candidate, handlers, failed };
+      if (handlers === IN_USE && mayWait) return IN_USE;
+      reason = handlers;
+      failed[candidate.name] ??= reason;
     }
     return reason;
   }
 
-  #obstacleTo(handlers: readonly PlacedHandler[]): string | undefined {
+  #placeUnobstructed(
+    parts: readonly HandlerLayout[],
+    placer: Placer,
+    mayWait: boolean,
+  ): readonly PlacedHandler[] | string {
+    const handlers = placer.place(parts);
+    if (typeof handlers === 'string') return handlers;
+    try {
+      const obstacle = this.#obstacleTo(handlers, mayWait);
+      if (obstacle === undefined) return handlers;
+      placer.release(handlers);
+      return obstacle;
+    } catch (error) {
+      placer.release(handlers);
+      throw error;
+    }
+  }
+
+  #obstacleTo(handlers: readonly PlacedHandler[], mayWait: boolean): string | undefined {
     const overlaps = handlers.some(
       ({ plan: { site } }) => this.redirections.overlapping(site.gva, site.bytes.length) !== undefined,
     );
-    return overlaps ? 'overlaps-hook' : undefined;
+    if (overlaps) return 'overlaps-hook';
+    const divided = handlers.flatMap(({ plan: { site, interior } }) => (interior.length > 0 ? [site] : []));
+    if (divided.length === 0) return undefined;
+    return mayWait && this.#areVacant(divided) ? undefined : IN_USE;
   }
 
-  #install({ hot, image, proof, loads, plans }: Prepared, { candidate, handlers }: Placed): Outcome {
+  /**
+   * Whether nothing stands inside of what several instructions are now. A vCPU must not stand at the first one either:
+   * should it be about to complete that, it would go on in the middle of the new code.
+   */
+  #areVacant(sites: readonly Patch[]): boolean {
+    const ranges = sites.map(({ gva, bytes }) => ({
+      start: gva,
+      end: gva + BigInt(bytes.length),
+      owner: '',
+    }));
+    const { findings, unsettled } = occupantsOf(this.hypervisor, this.images.nt, ranges);
+    const inside = findings.filter(({ kind, value, range }) => kind === 'vcpu-rip' || value !== range.start);
+    return inside.length === 0 && unsettled.length === 0;
+  }
+
+  #install({ hot, image, proof, loads, plans }: Prepared, { candidate, handlers, failed }: Placed): Outcome {
     const label = `${proof.form} switch at ${hex(image.gva(proof.rva))}`;
     const installed = this.redirections.installAll(
       handlers.map(({ plan, slack }) => ({
@@ -153,6 +202,7 @@ export class Relocator {
         code: plan.handler,
         jump: plan.site,
         slack,
+        isDivided: plan.interior.length > 0,
         evacuation: plan.evacuation,
       })),
     );
@@ -178,7 +228,7 @@ export class Relocator {
       })),
       encoder: candidate.encoder,
       handlerBytes: handlers.reduce((total, { slack }) => total + slack.size, 0),
-      passedOver: passedOver(plans, candidate),
+      passedOver: { ...passedOver(plans, candidate), ...failed },
       hits: hot.hits,
       ...moduleOf(image),
     };

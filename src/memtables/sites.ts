@@ -8,6 +8,8 @@ export interface Site {
   readonly table: Gva;
   hits: number;
   state: 'counted' | 'queued' | 'relocated' | 'ignored';
+  /** How often it could not be replaced because something stood inside the code to be replaced. */
+  tries: number;
   /** Why it is ignored; absent where another load of its switch says so. */
   refusal?: string | undefined;
   /** What has replaced it; no thread executes it any more. */
@@ -45,7 +47,7 @@ export class SiteTable {
     let site = sites.find((known) => known.table === table);
     if (site === undefined) {
       if (sites.length >= MAX_TABLES_PER_LOAD) return undefined;
-      site = { rip, table, hits: 0, state: 'counted' };
+      site = { rip, table, hits: 0, state: 'counted', tries: 0 };
       sites.push(site);
     }
     return site;

@@ -5,9 +5,9 @@ import { type ScanResult, scanGuest } from '../safety/scan.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { Evacuator } from './evacuator.js';
-import { describeObstacles, type Obstacles } from './obstacles.js';
+import { describeObstacles, type Obstacles, occupantsOf } from './obstacles.js';
 import { letGuestRun } from './patience.js';
-import type { Redirections } from './redirections.js';
+import type { Redirection, Redirections } from './redirections.js';
 import type { UnloadReport } from './report.js';
 
 /** How long the guest runs between two scans: longer each time, up to a few time slices. */
@@ -22,6 +22,8 @@ const LEFT_OVER_AFTER_MS = 1000;
 
 /** Takes redirections out of the guest, once no live RIP and no stack leads into what goes away. */
 export class Unloader {
+  readonly #retired = new Set<Redirection>();
+  #retryAt = 0;
   #scans = 0;
   #blocked = 0;
   #inHandlers = 0;
@@ -44,30 +46,10 @@ export class Unloader {
    */
   unload(seconds: number, prepare: () => void, onBlocked: (places: readonly string[]) => void): UnloadReport {
     const started = performance.now();
-    let pause = FIRST_PAUSE_MS;
-    for (;;) {
-      const patient = performance.now() - started < LEFT_OVER_AFTER_MS;
-      const obstacles = whileQuiescent(this.hypervisor, () => {
-        prepare();
-        return this.#tryRemoveAll(patient);
-      });
-      if (obstacles === undefined) break;
-      const places = describeObstacles(obstacles);
-      onBlocked(places);
-      if (performance.now() - started > seconds * 1000) {
-        throw new MemtablesError(
-          'UNLOAD_BLOCKED',
-          'threads stayed inside the handlers; the guest still holds them',
-          {
-            remedy:
-              'The sites are restored: attach again later, or restart the guest; the journal lists what is left.',
-            context: { seconds, scans: this.#scans, places },
-          },
-        );
-      }
-      letGuestRun(this.hypervisor, pause);
-      pause = Math.min(pause * 2, LONGEST_PAUSE_MS);
-    }
+    this.#tryUntilDone(seconds, onBlocked, () => {
+      prepare();
+      return this.#tryToRemoveAll(performance.now() - started < LEFT_OVER_AFTER_MS);
+    });
     return {
       scans: this.#scans,
       blocked: this.#blocked,
@@ -77,9 +59,39 @@ export class Unloader {
     };
   }
 
-  /** Restores every site and leaves the handlers: a thread inside one finishes normally. For a quiescent guest. */
-  disable(): void {
-    for (const relocation of this.redirections.ofKind('relocation')) this.redirections.disable(relocation);
+  /**
+   * Restores every site and leaves the handlers: a thread inside one finishes normally.
+   *
+   * @throws MemtablesError `UNLOAD_BLOCKED` after `seconds` in which a thread stayed inside a site
+   */
+  disable(seconds: number, prepare: () => void, onBlocked: (places: readonly string[]) => void): void {
+    this.#tryUntilDone(seconds, onBlocked, () => {
+      prepare();
+      this.#disableUndivided();
+      return this.#tryToDisable(this.redirections.ofKind('relocation'));
+    });
+  }
+
+  /** Disables what the guest has written over: at once, or as soon as nothing stands inside. For a quiescent guest. */
+  retire(redirection: Redirection): void {
+    // What a hook has put there is one instruction.
+    if (redirection.kind === 'hook' || redirection.interior === undefined) {
+      this.redirections.disable(redirection);
+    } else this.#retired.add(redirection);
+  }
+
+  /** True when it is time to try again to disable what was retired. */
+  get hasWork(): boolean {
+    return this.#retired.size > 0 && performance.now() >= this.#retryAt;
+  }
+
+  /** Disables what was retired, unless something stands inside it now. For a quiescent guest. */
+  disableRetired(): void {
+    this.#tryToDisable(this.#retired);
+    for (const redirection of this.#retired) {
+      if (redirection.jump === undefined) this.#retired.delete(redirection);
+    }
+    this.#retryAt = performance.now() + FIRST_PAUSE_MS;
   }
 
   /**
@@ -98,12 +110,60 @@ export class Unloader {
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
+  /** Tries until nothing stands in the way any more, and lets the guest run in between. */
+  #tryUntilDone(
+    seconds: number,
+    onBlocked: (places: readonly string[]) => void,
+    attempt: () => Obstacles | undefined,
+  ): void {
+    const started = performance.now();
+    for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
+      const obstacles = whileQuiescent(this.hypervisor, attempt);
+      if (obstacles === undefined) return;
+      const places = describeObstacles(obstacles);
+      onBlocked(places);
+      if (performance.now() - started > seconds * 1000) {
+        throw new MemtablesError(
+          'UNLOAD_BLOCKED',
+          'threads stayed inside the handlers; the guest still holds them',
+          {
+            remedy:
+              'What nothing stood in is restored: attach again later, or restart the guest; the journal lists what is left.',
+            context: { seconds, scans: this.#scans, places },
+          },
+        );
+      }
+      letGuestRun(this.hypervisor, pause);
+    }
+  }
+
+  /** Of the relocations: inside one instruction no thread stands. */
+  #disableUndivided(): void {
+    for (const relocation of this.redirections.ofKind('relocation')) {
+      if (relocation.interior === undefined) this.redirections.disable(relocation);
+    }
+  }
+
+  /** Disables those inside which nothing stands; returns what stands in the way of the others. */
+  #tryToDisable(redirections: Iterable<Redirection>): Obstacles | undefined {
+    const entries = this.redirections.entryRanges(redirections);
+    if (entries.length === 0) return undefined;
+    const obstacles = occupantsOf(this.hypervisor, this.kernel, entries);
+    if (obstacles.unsettled.length > 0) return obstacles;
+    const occupied = new Set(obstacles.findings.map(({ range }) => range));
+    for (const redirection of redirections) {
+      if (!occupied.has(redirection.interior!)) this.redirections.disable(redirection);
+    }
+    return occupied.size > 0 ? obstacles : undefined;
+  }
+
   /** Returns what stands in the way, if anything does. */
-  #tryRemoveAll(patient: boolean): Obstacles | undefined {
-    this.disable();
+  #tryToRemoveAll(patient: boolean): Obstacles | undefined {
+    this.#disableUndivided();
     this.#evacuator.evacuateVcpus();
-    const entries = this.redirections.entryRanges();
-    const code = this.redirections.codeRanges(this.redirections.all());
+    const all = this.redirections.all();
+    const entries = this.redirections.entryRanges(all);
+    const code = this.redirections.codeRanges(all);
     const ranges = [...entries, ...code];
     let scan = this.#scan(ranges);
     if (this.#evacuator.evacuateThreads(scan)) scan = this.#scan(ranges);
@@ -112,15 +172,17 @@ export class Unloader {
       (finding) => finding.isRip || (patient && !this.#evacuator.isLeftBehind(finding)),
     );
     const occupied = new Set(findings.map(({ range }) => range));
-    // What cannot be looked at keeps handlers in place, but no hook: nothing executes the bytes behind its jump.
-    if ((unsettled.length === 0 || !patient) && !entries.some((range) => occupied.has(range))) {
-      for (const hook of this.redirections.ofKind('hook')) this.redirections.disable(hook);
+    for (const redirection of all) {
+      if (redirection.interior === undefined || occupied.has(redirection.interior)) continue;
+      // What cannot be looked at keeps no hook in place: nothing executes the bytes behind its jump.
+      const isCertain = unsettled.length === 0 || (redirection.kind === 'hook' && !patient);
+      if (isCertain) this.redirections.disable(redirection);
     }
     if (findings.length > 0 || unsettled.length > 0) {
       this.#blocked++;
       return { findings, unsettled };
     }
-    for (const redirection of this.redirections.all()) this.redirections.remove(redirection);
+    for (const redirection of all) this.redirections.remove(redirection);
     return undefined;
   }
 

@@ -7,6 +7,7 @@ const SLACK = { section: '.text', gva: GVA + 0x1800n, size: 0x100 };
 const PLAN = {
   kind: 'hook',
   label: 'x',
+  isDivided: false,
   code: { gva: SLACK.gva, bytes: Buffer.alloc(24, 0xcc) },
   jump: { gva: GVA + 0x10n, bytes: Buffer.from('e911223344', 'hex') },
 } as const;
