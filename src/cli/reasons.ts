@@ -48,6 +48,7 @@ const HANDLER_REFUSALS: Partial<Record<HandlerRefusal, string>> = {
   'no-register-for-address': 'no register can hold an address',
   'not-adjacent': 'for the whole switch: other code stands between its instructions',
   'branch-target': 'for the whole switch: something branches to an instruction behind its first',
+  'site-too-short-for-inline': 'with `--handler inline`: the computed jump is longer than the switch',
   'another-add': 'for the whole switch: what is added behind the load is not the image base to the entry',
   retpoline: 'for the whole switch: the kernel has replaced the jump by one that does not speculate',
 };

@@ -32,7 +32,8 @@ export function spaced({ outcomes, site }: Replaced, stride: Stride): Packing | 
   if (Math.max(...lengths) > stride) return undefined;
   return {
     stride,
-    alignment: stride % FETCHED === 0 ? FETCHED : 1,
+    // No block crosses a boundary of what is fetched at once.
+    alignment: FETCHED % stride === 0 || stride % FETCHED === 0 ? stride : 1,
     front: 0,
     size: (outcomes.length - 1) * stride + lengths.at(-1)!,
     write(code, blocks) {

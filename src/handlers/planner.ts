@@ -1,14 +1,15 @@
 import type { ByteTable, FoundSwitch } from '../switches/table.js';
 import type { Gva } from '../vmi/address.js';
-import { fusedLayout, SWITCH_PACKINGS, type SwitchPacking, type SwitchRefusal } from './fused.js';
+import { fusedLayout, SWITCH_PACKINGS, type SwitchPacking } from './fused.js';
 import { guardedLayout } from './guarded.js';
+import { type InlineRefusal, inlineLayout } from './inline.js';
 import { LEAN_PACKINGS, type LeanPacking, type LeanRefusal, leanLayout } from './lean.js';
 import type { HandlerLayout, LoadSite, Refused } from './plan.js';
 import type { SwitchLoads, WholeSwitch } from './replaced.js';
 import { seedLayout } from './seed.js';
 
 /** What lays a handler out. */
-export const ENCODERS = ['seed', 'lean', 'fused', 'guarded'] as const;
+export const ENCODERS = ['seed', 'lean', 'fused', 'inline', 'guarded'] as const;
 export type Encoder = (typeof ENCODERS)[number];
 
 /**
@@ -29,7 +30,7 @@ type DispatchRefusal =
 
 export type HandlerRefusal =
   | LeanRefusal
-  | SwitchRefusal
+  | InlineRefusal
   | DispatchRefusal
   | 'jump-out-of-range'
   /** Only a handler with a guard may be used. */
@@ -43,7 +44,7 @@ const KEPT_SLACK = 10_240;
 /** Of what is left besides, a handler may take one part more than the smallest would: the hottest loads come first. */
 const SPENT_PARTS = 16;
 
-const PROVEN_FASTEST_FIRST = ['fused', 'lean', 'seed'] as const;
+const PROVEN_FASTEST_FIRST = ['inline', 'fused', 'lean', 'seed'] as const;
 const UNPROVEN = ['guarded'] as const;
 
 /** Operand and address sizes of what the recogniser accepts. */
@@ -92,6 +93,8 @@ export function planHandlers(
 function waysOf(encoder: Encoder, proof: FoundSwitch, imageBase: Gva): HandlerPlanning[] {
   const { table } = proof.byteTable ?? proof;
   switch (encoder) {
+    case 'inline':
+      return switchWays('inline', proof, imageBase, inlineLayout);
     case 'fused':
       return switchWays('fused', proof, imageBase, fusedLayout);
     case 'lean':

@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import {
   affordable,
+  type Candidate,
   ENCODERS,
   type HandlerChoice,
   type HandlerPlanning,
@@ -58,6 +59,7 @@ const sizes = (plans: readonly HandlerPlanning[]) =>
 describe('the handlers of a load', () => {
   it('come with their bytes, the fastest first', () => {
     expect(sizes(plan(16))).toEqual([
+      ['inline', 7 + 16 * 8 + 16 * 13],
       ['fused', 15 + 13 + 15 * 16 + 13],
       ['lean-roomy', 15 + 13 + 15 * 16 + 10],
       ['lean-dense', 13 + 16 * 10],
@@ -73,16 +75,31 @@ describe('the handlers of a load', () => {
     expect(names(plan(4, 'fused'))).toEqual(['fused', 'fused-shared', 'fused-short']);
   });
 
+  it('are smallest, and fastest, inline where no case needs what the switch leaves', () => {
+    const dead = { registers: new Set<never>(), flags: false };
+    const found = proof(16);
+    const liveAtCases = new Map(found.values.map((entry) => [entry, dead]));
+    const [inline] = planHandlers({ ...found, liveAtCases }, IMAGE_BASE, 'auto');
+    expect(inline).toMatchObject({ name: 'inline', size: 7 + 15 * 8 + 5 });
+    expect((inline as Candidate).size).toBeLessThan(143); // that of lean-tight
+  });
+
   it('a refusal keeps its reason, and stands in no way of the others', () => {
     const plans = plan(32);
     expect(plans.find(({ name }) => name === 'lean-tight')?.refused).toBe('too-many-entries-for-short-jumps');
-    expect(names(affordable(plans, Infinity))).toEqual(['fused', 'lean-roomy', 'lean-dense', 'seed']);
+    expect(names(affordable(plans, Infinity))).toEqual([
+      'inline',
+      'fused',
+      'lean-roomy',
+      'lean-dense',
+      'seed',
+    ]);
   });
 
   it('are possible for 8,192 entries, the seed for 256', () => {
     const possible = (entries: number) => names(affordable(plan(entries), Infinity));
-    expect(possible(257)).toEqual(['fused', 'lean-roomy', 'lean-dense']);
-    expect(possible(8192)).toEqual(['fused', 'lean-roomy', 'lean-dense']);
+    expect(possible(257)).toEqual(['inline', 'fused', 'lean-roomy', 'lean-dense']);
+    expect(possible(8192)).toEqual(['inline', 'fused', 'lean-roomy', 'lean-dense']);
     expect(possible(8193)).toEqual([]);
   });
 
@@ -90,6 +107,7 @@ describe('the handlers of a load', () => {
     const alike = { ...proof(200), values: Array.from({ length: 200 }, (_, k) => 0x3000 + (k % 3)) };
     const plans = planHandlers(alike, IMAGE_BASE, 'auto').filter(({ refused }) => refused === undefined);
     expect(sizes(plans)).toEqual([
+      ['inline', 7 + 200 * 8 + 3 * 13],
       ['fused', 15 + 13 + 199 * 16 + 13],
       ['fused-spread', 7 + 10 + 200 * 8 + 3 * 13],
       ['fused-shared', 13 + 200 * 5 + 3 * 13],
@@ -103,7 +121,9 @@ describe('the handlers of a load', () => {
 
 describe('a two-level switch', () => {
   it('is one decision: one handler for both loads, or one for each', () => {
-    const plans = planHandlers(twoLevel(), IMAGE_BASE, 'auto');
+    const all = planHandlers(twoLevel(), IMAGE_BASE, 'auto');
+    expect(all[0]).toMatchObject({ name: 'inline', parts: { length: 1 } });
+    const plans = all.filter(({ encoder }) => encoder !== 'inline');
     const [byteLoad, load] = [IMAGE_BASE + 0xff8n, IMAGE_BASE + 0x1000n];
     const replaced = affordable(plans, Infinity).map(({ name, parts }) => [
       name,
@@ -156,7 +176,7 @@ describe('a two-level switch', () => {
     ['its bytes come into another register than the index', twoLevel({ destination: 'rbx' })],
     ['something branches to its second load', { ...twoLevel(), isBranchTarget: true }],
   ])('has a handler for its byte load and a fused one for the rest where %s', (_, found) => {
-    const [fused] = planHandlers(found, IMAGE_BASE, 'auto');
+    const [fused] = planHandlers(found, IMAGE_BASE, 'fused');
     if (fused!.refused !== undefined) throw new Error(fused!.refused);
     expect(fused!.name).toBe('fused');
     const [byteLoad, rest] = fused!.parts;
@@ -217,7 +237,7 @@ describe('the whole switch is left to its own code, and only the load replaced,'
     const plans = planHandlers({ ...proof(4), ...change }, IMAGE_BASE, 'auto');
     const [taken] = affordable(plans, Infinity);
     expect(taken!.name).toBe('lean-roomy');
-    expect(passedOver(plans, taken!)).toEqual({ fused: reason });
+    expect(passedOver(plans, taken!)).toEqual({ inline: reason, fused: reason });
   });
 });
 
@@ -242,7 +262,7 @@ describe('little slack', () => {
         return candidate!.name;
       });
       expect(slack).toBeGreaterThan(0);
-      expect(taken[0]).toMatch(/fused|lean-dense/);
+      expect(taken[0]).toMatch(/inline/);
       expect(taken.at(-1)).toBe('lean-tight');
     },
   );
@@ -257,7 +277,8 @@ describe('little slack', () => {
     const plans = plan(32);
     const [taken] = affordable(plans, 0);
     expect(taken!.name).toBe('lean-dense');
-    expect(passedOver(plans, taken!, [plans[1]!])).toEqual({
+    expect(passedOver(plans, taken!, [plans[2]!])).toEqual({
+      inline: 'too-little-slack',
       fused: 'too-little-slack',
       'lean-roomy': 'jump-out-of-range',
     });
