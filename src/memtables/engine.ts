@@ -183,7 +183,9 @@ export class Engine {
   statistics(): Statistics {
     const monitor = this.#monitor;
     const refused: Record<string, number> = {};
-    for (const { refusal } of this.#sites.all()) {
+    let beyondBound = 0;
+    for (const { refusal, beyondBound: times } of this.#sites.all()) {
+      beyondBound += times;
       if (refusal !== undefined) refused[refusal] = (refused[refusal] ?? 0) + 1;
     }
     return {
@@ -192,6 +194,7 @@ export class Engine {
       relocations: new Set(this.#redirections.ofKind('relocation').map(({ label }) => label)).size,
       refused,
       staleEvents: monitor.staleEvents,
+      beyondBound,
       cloakedReads: Object.fromEntries(monitor.cloakedReads),
       cloakedWrites: monitor.cloakedWrites,
       otherReads: { reads: monitor.otherReads, readers: monitor.readers.size },

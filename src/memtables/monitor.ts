@@ -120,6 +120,11 @@ export class Monitor implements HiddenMemory {
       this.staleEvents++;
       return;
     }
+    const guarded = this.sites.ofFallback(violation.rip);
+    if (guarded !== undefined) {
+      guarded.beyondBound++;
+      return;
+    }
     const access = instruction?.read;
     const reach = Math.min(access?.bytes ?? MAX_ANSWER, PAGE_SIZE - pageOffset(violation.gpa));
     if (this.cloaks.touches(violation.gpa, reach)) {

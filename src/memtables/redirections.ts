@@ -18,6 +18,8 @@ export interface RedirectionPlan {
   /** The replaced code is more than one instruction: a thread may stand inside of it. */
   readonly isDivided: boolean;
   readonly evacuation?: Evacuation;
+  /** A copy of the replaced load, in slack: it traps as the load did. */
+  readonly fallback?: Gva;
 }
 
 /** Guest code replaced by a jump, and code of ours in slack that it leads to: a relocated load, or a hook. */
@@ -31,6 +33,7 @@ export interface Redirection {
   readonly slack: SlackBlock;
   /** Where no thread may stand while the replaced code is changed; absent where that is one instruction. */
   readonly interior: LiveRange | undefined;
+  readonly fallback: Gva | undefined;
   /** How a vCPU gets out of our code; absent where it has to leave by itself. */
   evacuation: Evacuation | undefined;
   /** The jump; `undefined` once it has been taken back, so that no thread enters the code any more. */
@@ -78,7 +81,16 @@ export class Redirections {
     return redirections;
   }
 
-  #prepare({ kind, label, code, jump, slack, isDivided, evacuation }: RedirectionPlan): Redirection {
+  #prepare({
+    kind,
+    label,
+    code,
+    jump,
+    slack,
+    isDivided,
+    evacuation,
+    fallback,
+  }: RedirectionPlan): Redirection {
     const { gva: at, bytes } = jump;
     const redirection: Redirection = {
       kind,
@@ -90,6 +102,7 @@ export class Redirections {
       jump: this.patcher.prepare(`jump of ${label}`, jump),
       slack,
       evacuation,
+      fallback,
     };
     this.#all.add(redirection);
     return redirection;

@@ -19,7 +19,7 @@ import { occupantsOf } from './obstacles.js';
 import { type PlacedHandler, Placer } from './placer.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
-import { ignore, replace, type Site, type SiteTable } from './sites.js';
+import { ignore, type Site, type SiteTable } from './sites.js';
 
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
@@ -204,12 +204,13 @@ export class Relocator {
         slack,
         isDivided: plan.interior.length > 0,
         evacuation: plan.evacuation,
+        ...(plan.fallback === undefined ? {} : { fallback: plan.fallback }),
       })),
     );
     for (const load of loads) {
       const part = handlers.findIndex(({ replaces }) => replaces.includes(load.rip));
       if (part === -1) ignore(load, 'only-other-load-relocated');
-      else replace(load, installed[part]!);
+      else this.sites.replace(load, installed[part]!);
     }
     return {
       type: 'relocated',

@@ -71,6 +71,8 @@ export interface Statistics {
   readonly refused: Readonly<Record<string, number>>;
   /** Violations by loads that were already under way when they were relocated. */
   readonly staleEvents: number;
+  /** Violations by `guarded` handlers, which leave an index beyond the bound to a copy of the load. */
+  readonly beyondBound: number;
   /** Reads answered with original bytes, by width (`8-byte`) or form (`rep movs`). */
   readonly cloakedReads: Readonly<Record<string, number>>;
   /** Guest writes over hidden bytes. */

@@ -12,6 +12,8 @@ export interface Site {
   tries: number;
   /** Why it is ignored; absent where another load of its switch says so. */
   refusal?: string | undefined;
+  /** How often the handler in its place was used with an index beyond the bound, and loaded from the table. */
+  beyondBound: number;
   /** What has replaced it; no thread executes it any more. */
   redirection?: Redirection;
 }
@@ -22,12 +24,6 @@ export function ignore(site: Site, refusal?: string): void {
   site.refusal = refusal;
 }
 
-export function replace(site: Site, redirection: Redirection): void {
-  site.state = 'relocated';
-  site.refusal = undefined;
-  site.redirection = redirection;
-}
-
 /** A guest can make up loads without end; real kernels have a few thousand, each with one table. */
 const MAX_LOADS = 65_536;
 const MAX_TABLES_PER_LOAD = 16;
@@ -35,6 +31,7 @@ const MAX_TABLES_PER_LOAD = 16;
 /** The sites seen so far, by RIP and table. */
 export class SiteTable {
   readonly #byRip = new Map<Gva, Site[]>();
+  readonly #byFallback = new Map<Gva, Site>();
 
   /** The site, made when it is new; `undefined` when there are too many already. */
   find(rip: Gva, table: Gva): Site | undefined {
@@ -47,10 +44,24 @@ export class SiteTable {
     let site = sites.find((known) => known.table === table);
     if (site === undefined) {
       if (sites.length >= MAX_TABLES_PER_LOAD) return undefined;
-      site = { rip, table, hits: 0, state: 'counted', tries: 0 };
+      site = { rip, table, hits: 0, state: 'counted', tries: 0, beyondBound: 0 };
       sites.push(site);
     }
     return site;
+  }
+
+  /** No thread executes the load any more, but for what is under way. */
+  replace(site: Site, redirection: Redirection): void {
+    site.state = 'relocated';
+    site.refusal = undefined;
+    site.redirection = redirection;
+    if (redirection.fallback !== undefined) this.#byFallback.set(redirection.fallback, site);
+  }
+
+  /** The site whose load has a copy in slack, for indices beyond the bound, at `rip`. */
+  ofFallback(rip: Gva): Site | undefined {
+    const site = this.#byFallback.get(rip);
+    return site?.redirection?.fallback === rip ? site : undefined;
   }
 
   /** True when the load at `rip` has been replaced: only what had been under way still executes it. */

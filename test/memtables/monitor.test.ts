@@ -2,6 +2,7 @@ import { describe, expect, test } from 'vitest';
 import { CloakMap } from '../../src/cloak/cloak-map.js';
 import { Monitor } from '../../src/memtables/monitor.js';
 import type { CodeChange } from '../../src/memtables/patcher.js';
+import type { Redirection } from '../../src/memtables/redirections.js';
 import { SiteTable } from '../../src/memtables/sites.js';
 import type { KernelImages } from '../../src/nt/kernel-images.js';
 import type { Hypervisor, Violation } from '../../src/vmi/hypervisor.js';
@@ -174,4 +175,17 @@ describe('a load of a table in an image of the kernel', () => {
     violate(0x1000n, 'read', { gva: CODE + 0x100n, rip: CODE + 0x20000n });
     expect([monitor.tableLoads, doubts.length]).toEqual([1, 1]);
   });
+});
+
+test('the copy of a load in a guarded handler counts for the site of the load, not as a load of its own', () => {
+  const load = [0x8b, 0x8c, 0x82, 0, 0x10, 0, 0]; // mov ecx, [rdx+rax*4+0x1000]
+  const { monitor, sites, violate } = setUp(load, { rdx: CODE, rax: 5n });
+  const site = sites.find(CODE + 0x500n, CODE + 0x1000n)!;
+  const redirection = { fallback: CODE } as Redirection;
+  sites.replace(site, redirection);
+  violate(CODE + 0x1014n, 'read');
+  expect([...sites.all()]).toEqual([
+    expect.objectContaining({ rip: CODE + 0x500n, beyondBound: 1, hits: 0 }),
+  ]);
+  expect([monitor.tableLoads, monitor.otherReads, monitor.staleEvents]).toEqual([0, 0, 0]);
 });
