@@ -33,6 +33,8 @@ export interface AttachOptions {
   readonly handler?: HandlerChoice;
   /** Whether to relocate from the start; `setRelocation` changes it. */
   readonly relocate?: boolean;
+  /** Whether switches on trapped pages are relocated before they have trapped; the pages are planned from the image. */
+  readonly ahead?: boolean;
   /** Where changes to the guest are recorded while they last. */
   readonly journal?: string;
   /** How long unloading waits for threads to leave the handlers. */
@@ -119,6 +121,7 @@ export class Attachment extends EventEmitter<Events> {
       threshold: options.threshold ?? DEFAULT_THRESHOLD,
       handler: options.handler ?? DEFAULT_HANDLER,
       relocate: options.relocate ?? true,
+      ahead: options.ahead ?? false,
       journal: resolve(options.journal ?? journalOf(options)),
       unloadSeconds: options.unloadSeconds ?? DEFAULT_UNLOAD_SECONDS,
       heartbeat,

@@ -12,6 +12,7 @@ export interface WorkerOptions {
   readonly threshold: number;
   readonly handler: HandlerChoice;
   readonly relocate: boolean;
+  readonly ahead: boolean;
   readonly journal: string;
   readonly unloadSeconds: number;
   /** The heartbeat of the native calls, see `src/libvmi/watchdog.ts`. */

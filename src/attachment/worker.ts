@@ -54,6 +54,7 @@ async function main(port: MessagePort, options: WorkerOptions): Promise<void> {
       const engine = new Engine(session, kernel, journal, {
         threshold: options.threshold,
         handler: options.handler,
+        ahead: options.ahead,
         unloadSeconds: options.unloadSeconds,
         report: (event) => post({ type: 'event', event }),
       });

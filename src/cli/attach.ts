@@ -20,6 +20,7 @@ export interface AttachCommandOptions {
   readonly hook?: readonly string[];
   readonly time?: number;
   readonly threshold: number;
+  readonly ahead?: boolean;
   readonly handler: HandlerChoice;
   readonly relocate: boolean;
   readonly unloadTimeout: number;
@@ -102,6 +103,7 @@ async function open(options: AttachCommandOptions, stop: AbortSignal): Promise<A
       threshold: options.threshold,
       handler: options.handler,
       relocate: options.relocate,
+      ahead: options.ahead ?? false,
       unloadSeconds: options.unloadTimeout,
       stuckAfterSeconds: options.stuckAfter,
       onWaiting: () =>

@@ -16,6 +16,8 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
         return describeRelocation(event);
       case 'refused':
         return `left the load at ${hex(event.site)}${inModule(event)} alone: ${inWords(event.reason)}`;
+      case 'planned':
+        return `planned ahead: ${plural(event.switches, 'switch', 'switches')} on ${plural(event.pages.length, 'page')} that trap now or will`;
       case 'taken-back':
         return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
       case 'module-unloaded':

@@ -119,6 +119,11 @@ program
       .default(DEFAULT_THRESHOLD),
   )
   .addOption(handler())
+  .option(
+    '--ahead',
+    'relocate every switch whose table the hooks put on a trapped page, before it has trapped; the pages, also those ' +
+      'that this traps in turn, are planned from the kernel image first',
+  )
   .option('--no-relocate', 'hide the hooks but leave the table loads where they are')
   .addOption(
     new Option('--unload-timeout <seconds>', 'how long to wait for threads to leave the handlers')

@@ -8,11 +8,13 @@ import type { Gva } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { whileQuiescent } from '../vmi/quiescence.js';
 import { InstructionCache } from '../x86/instruction-cache.js';
+import { Ahead, type Place } from './ahead.js';
 import { Hooks } from './hooks.js';
 import { Monitor } from './monitor.js';
 import { type CodeChange, Patcher } from './patcher.js';
+import { Recognisers } from './recognisers.js';
 import { type Redirection, Redirections } from './redirections.js';
-import { type Prepared, Relocator } from './relocator.js';
+import { Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
 import { ignore, SiteTable } from './sites.js';
 import { UnloadedModules } from './unloaded-modules.js';
@@ -23,6 +25,8 @@ export interface EngineOptions {
   readonly threshold: number;
   /** What hot loads are replaced by. */
   readonly handler: HandlerChoice;
+  /** Whether switches whose tables are on trapped pages are relocated before they have trapped. */
+  readonly ahead?: boolean;
   /** How long `unload` waits for threads to leave our code. */
   readonly unloadSeconds: number;
   readonly report: (event: EngineEvent) => void;
@@ -48,6 +52,7 @@ export class Engine {
   readonly #relocator: Relocator;
   readonly #unloadedModules: UnloadedModules;
   readonly #unloader: Unloader;
+  readonly #ahead: Ahead | undefined;
   #loaded = true;
 
   /**
@@ -62,6 +67,8 @@ export class Engine {
     this.#patcher = new Patcher(hypervisor, kernel.memory, journal, this.#cloaks, instructions);
     const readOriginal = (gva: Gva, length: number) => this.#patcher.readOriginal(gva, length);
     this.#images = new KernelImages(kernel, readOriginal);
+    const recognisers = new Recognisers();
+    this.#ahead = options.ahead ? new Ahead(this.#images, recognisers) : undefined;
     this.#slack = new SlackOfImages(this.#images.permanent(), kernel.memory);
     this.#redirections = new Redirections(this.#patcher, this.#slack);
     this.#monitor = new Monitor(
@@ -76,6 +83,7 @@ export class Engine {
     this.#relocator = new Relocator(
       hypervisor,
       this.#images,
+      recognisers,
       this.#sites,
       this.#slack,
       this.#redirections,
@@ -126,6 +134,10 @@ export class Engine {
       trampoline: hook.slack.gva,
       replacedBytes: hook.length,
     });
+    this.#planAhead([
+      { gva: hook.at, bytes: hook.length },
+      { gva: hook.slack.gva, bytes: hook.slack.size },
+    ]);
   }
 
   /**
@@ -144,12 +156,17 @@ export class Engine {
     // The guest need not be paused for it.
     if (prepared !== undefined && !isReady) this.#options.report(prepared);
     if (!isReady && !hasLost && !this.#monitor.hasWrites && !this.#unloader.hasWork) return;
-    whileQuiescent(this.#hypervisor, () => {
+    const outcome = whileQuiescent(this.#hypervisor, () => {
       this.#yieldToGuest();
       this.#unloader.disableRetired();
       this.#unloader.removeDisabled();
-      if (isReady) this.#relocate(prepared);
+      return isReady ? this.#relocator.relocate(prepared) : undefined;
     });
+    if (outcome === 'in-use') this.#monitor.postpone(site!);
+    else if (outcome !== undefined) {
+      this.#options.report(outcome);
+      if (outcome.type === 'relocated') this.#planAhead(outcome.handlers);
+    }
   }
 
   /**
@@ -207,10 +224,16 @@ export class Engine {
   readonly #reportBlocked = (where: readonly string[]) =>
     this.#options.report({ type: 'unload-blocked', where });
 
-  #relocate(prepared: Prepared): void {
-    const outcome = this.#relocator.relocate(prepared);
-    if (outcome === 'in-use') this.#monitor.postpone(prepared.hot);
-    else this.#options.report(outcome);
+  /** Has the switches relocated that these hidden bytes make trap. The guest is answered in between. */
+  #planAhead(places: readonly Place[]): void {
+    if (this.#ahead === undefined) return;
+    const { pages, loads } = this.#ahead.plan(places, () => this.#hypervisor.listen(0));
+    if (pages.length === 0) return;
+    this.#options.report({ type: 'planned', pages, switches: loads.length });
+    for (const { rip, table } of loads) {
+      const site = this.#sites.find(rip, table);
+      if (site !== undefined) this.#monitor.plan(site);
+    }
   }
 
   /** What the guest has written over, or unloaded, is the guest's: the redirection it belonged to is taken back. */

@@ -68,7 +68,7 @@ export class Monitor implements HiddenMemory {
         if (site.state === 'queued') site.state = 'counted';
       }
     }
-    for (const site of this.sites.all()) this.#queueIfHot(site);
+    for (const site of this.sites.all()) this.#queueIfDue(site);
   }
 
   /** True when the next work step has something to do. */
@@ -141,6 +141,12 @@ export class Monitor implements HiddenMemory {
       const site = this.#queue.shift();
       if (site === undefined || site.state === 'queued') return site;
     }
+  }
+
+  /** Has a site relocated before it is hot. */
+  plan(site: Site): void {
+    site.isPlanned = true;
+    this.#queueIfDue(site);
   }
 
   /** Has a site that was taken come again, when the guest has run on. */
@@ -219,7 +225,7 @@ export class Monitor implements HiddenMemory {
     if (this.images.rangeAt(violation.rip) === undefined) this.images.doubtList();
     this.tableLoads++;
     site.hits++;
-    this.#queueIfHot(site);
+    this.#queueIfDue(site);
     return true;
   }
 
@@ -247,8 +253,9 @@ export class Monitor implements HiddenMemory {
     return holdsBase ? BigInt.asUintN(64, start + source.displacement) : undefined;
   }
 
-  #queueIfHot(site: Site): void {
-    if (!this.#relocating || site.state !== 'counted' || site.hits <= this.threshold) return;
+  #queueIfDue(site: Site): void {
+    if (!this.#relocating || site.state !== 'counted') return;
+    if (site.hits <= this.threshold && !site.isPlanned) return;
     site.state = 'queued';
     this.#queue.push(site);
   }

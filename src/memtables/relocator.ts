@@ -11,15 +11,17 @@ import { type KernelImage, NT } from '../nt/kernel-image.js';
 import type { KernelImages } from '../nt/kernel-images.js';
 import { instabilityOf } from '../slack/regions.js';
 import type { SlackOfImages } from '../slack/slack-of-images.js';
-import { type CodeRange, functionAt } from '../switches/functions.js';
-import { type FoundSwitch, SwitchRecogniser } from '../switches/table.js';
+import { functionAt } from '../switches/functions.js';
+import type { FoundSwitch } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
 import { occupantsOf } from './obstacles.js';
 import { type PlacedHandler, Placer } from './placer.js';
+import type { Recognisers } from './recognisers.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
 import { ignore, type Site, type SiteTable } from './sites.js';
+import { tablesOf } from './tables.js';
 
 type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
@@ -27,10 +29,6 @@ type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 const IN_USE = 'in-use';
 /** Then it is left to code that replaces the loads alone. */
 const MOST_TRIES = 20;
-
-const ENTRY_BYTES = 4;
-/** Trapped vCPUs stand still while a load is proven: no function of a kernel is larger. */
-const MOST_FUNCTION_BYTES = 64 * 1024;
 
 /** What a switch can be replaced by, in whole or in part. */
 interface Way {
@@ -57,11 +55,10 @@ export interface Prepared {
 
 /** Replaces the loads of a switch by jumps to handlers that load immediates. */
 export class Relocator {
-  readonly #recognisers = new WeakMap<KernelImage, SwitchRecogniser>();
-
   constructor(
     private readonly hypervisor: Hypervisor,
     private readonly images: KernelImages,
+    private readonly recognisers: Recognisers,
     private readonly sites: SiteTable,
     private readonly slack: SlackOfImages,
     private readonly redirections: Redirections,
@@ -107,7 +104,7 @@ export class Relocator {
     const rva = Number(site.rip - image.base);
     const unstable = instabilityAt(image, rva);
     if (unstable !== undefined) return unstable;
-    const proof = this.#recogniserOf(image).prove(rva);
+    const proof = this.recognisers.of(image).prove(rva);
     if (!proof.found) return proof.reason;
     const tables = tablesOf(proof);
     const own = tables.find(({ load }) => load === rva);
@@ -116,13 +113,6 @@ export class Relocator {
       .map(({ begin }) => instabilityAt(image, begin))
       .find((why) => why !== undefined);
     return unstableTable === undefined ? proof : `table-${unstableTable}`;
-  }
-
-  #recogniserOf(image: KernelImage): SwitchRecogniser {
-    const recogniser =
-      this.#recognisers.get(image) ?? new SwitchRecogniser(image.image, image.functions, MOST_FUNCTION_BYTES);
-    this.#recognisers.set(image, recogniser);
-    return recogniser;
   }
 
   /** Whether all that the proof rests on is in memory now as it was when the image was read. */
@@ -222,6 +212,7 @@ export class Relocator {
         const stillReached = handlers.some(({ replaces }) => replaces.indexOf(site) > 0);
         return state === 'relocated' ? [{ site, hits, stillReached }] : [];
       }),
+      handler: handlers[0]!.slack.gva,
       handlers: handlers.map(({ plan, slack }) => ({
         site: plan.site.gva,
         gva: slack.gva,
@@ -249,19 +240,6 @@ function waysOf(plans: readonly HandlerPlanning[], freeBytes: number): Way[] {
     .filter(({ parts }) => parts.length > 1)
     .flatMap((candidate) => candidate.parts.map((part) => ({ candidate, parts: [part] })));
   return [...whole, ...halves];
-}
-
-/** The tables of a switch and the loads that read them; first that of dwords. */
-function tablesOf({
-  rva,
-  table,
-  entries,
-  byteTable,
-}: FoundSwitch): (CodeRange & { readonly load: number })[] {
-  const dwords = { load: rva, begin: table, end: table + entries * ENTRY_BYTES };
-  if (byteTable === undefined) return [dwords];
-  const { rva: load, table: begin } = byteTable;
-  return [dwords, { load, begin, end: begin + byteTable.entries }];
 }
 
 /** A switch that is left as it is counts once. */

@@ -18,6 +18,8 @@ export type EngineEvent =
       readonly form: 'one-level' | 'two-level';
       readonly entries: number;
       readonly loads: readonly RelocatedLoad[];
+      /** The first of `handlers`. */
+      readonly handler: Gva;
       /** One, or one for each load. */
       readonly handlers: readonly Handler[];
       readonly encoder: Encoder;
@@ -37,6 +39,14 @@ export type EngineEvent =
       readonly reason: string;
       /** As above; absent also where it is in none. */
       readonly module?: string;
+    }
+  | {
+      /** What hidden bytes make trap, before anything is relocated because of it. */
+      readonly type: 'planned';
+      /** That hold hidden bytes, or will once the switches are relocated; only those not planned before. */
+      readonly pages: readonly Gva[];
+      /** With a table on these pages. */
+      readonly switches: number;
     }
   | { readonly type: 'taken-back'; readonly owner: string; readonly at: Gva }
   /** The guest has unloaded the module that a change was made in. */

@@ -7,6 +7,8 @@ export interface Site {
   /** The load's base register plus its displacement. */
   readonly table: Gva;
   hits: number;
+  /** It is to be relocated however often it has trapped. */
+  isPlanned: boolean;
   state: 'counted' | 'queued' | 'relocated' | 'ignored';
   /** How often it could not be replaced because something stood inside the code to be replaced. */
   tries: number;
@@ -44,7 +46,7 @@ export class SiteTable {
     let site = sites.find((known) => known.table === table);
     if (site === undefined) {
       if (sites.length >= MAX_TABLES_PER_LOAD) return undefined;
-      site = { rip, table, hits: 0, state: 'counted', tries: 0, beyondBound: 0 };
+      site = { rip, table, hits: 0, isPlanned: false, state: 'counted', tries: 0, beyondBound: 0 };
       sites.push(site);
     }
     return site;

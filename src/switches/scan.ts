@@ -56,14 +56,14 @@ function isInCode(image: PeImage, table: number): boolean {
 }
 
 /** Bytes that look like a load of a table. */
-interface LikelyLoad {
+export interface LikelyLoad {
   /** Of the opcode. */
   readonly rva: number;
   readonly table: number;
 }
 
 /** Where the bytes may be a table load: cheap, and never misses one. */
-function* likelyLoads(image: PeImage, section: Section): Generator<LikelyLoad> {
+export function* likelyLoads(image: PeImage, section: Section): Generator<LikelyLoad> {
   for (let start = 0; start < section.virtualSize; start += CHUNK) {
     const length = Math.min(CHUNK + LOAD_LENGTH, section.virtualSize - start);
     const bytes = image.read(section.rva + start, length);

@@ -54,6 +54,21 @@ describe('attach', () => {
     });
   });
 
+  test('relocates ahead what the hooks make trap, and prints the pages first', async () => {
+    const command = start(host.attach(...HOOK, '--ahead', '--threshold', '1000000', '--json'));
+    await command.prints('"relocated"');
+    command.kill('SIGINT');
+    expect(await command.ended).toBe(0);
+    const [, hooked, planned, relocated] = command.records;
+    expect([hooked, relocated]).toMatchObject([{ type: 'hooked' }, { type: 'relocated' }]);
+    expect(planned).toEqual({
+      type: 'planned',
+      pages: expect.arrayContaining([expect.stringMatching(/^0x[0-9a-f]{13}000$/)]),
+      switches: expect.any(Number),
+    });
+    expect(planned!.switches).toBeGreaterThan(0);
+  });
+
   test('ends by itself after -t; an empty MEMTABLES_LIBVMI names no library', async () => {
     const { code, stdout } = await run(host.attach(...HOOK, '-t', '0.2', '--no-relocate'), {
       MEMTABLES_LIBVMI: '',

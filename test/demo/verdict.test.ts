@@ -98,6 +98,7 @@ describe('violations after a relocation', () => {
       form: 'one-level',
       entries: 4,
       loads: [{ site, hits, stillReached: false }],
+      handler: 0n,
       handlers: [{ site, gva: 0n, bytes: 91 }],
       encoder: 'seed',
       handlerBytes: 91,

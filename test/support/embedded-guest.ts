@@ -165,10 +165,17 @@ export class EmbeddedGuest {
       kernel?: Kernel;
       threshold?: number;
       handler?: HandlerChoice;
+      ahead?: boolean;
       unloadSeconds?: number;
     } = {},
   ) {
-    const { hypervisor = this.hypervisor, threshold = 50, handler = 'auto', unloadSeconds = 20 } = options;
+    const {
+      hypervisor = this.hypervisor,
+      threshold = 50,
+      handler = 'auto',
+      ahead = false,
+      unloadSeconds = 20,
+    } = options;
     const directory = mkdtempSync(join(tmpdir(), 'engine-'));
     onTestFinished(() => rmSync(directory, { recursive: true }));
     const { kernel = this.discover(hypervisor) } = options;
@@ -181,6 +188,7 @@ export class EmbeddedGuest {
     const engine = new Engine(hypervisor, kernel, journal, {
       threshold,
       handler,
+      ahead,
       unloadSeconds,
       report: (event) => events.push(event),
     });
