@@ -1,20 +1,31 @@
 import { describe, expect, test } from 'vitest';
+import type { HandlerChoice } from '../../src/handlers/planner.js';
 import { PAGE_SIZE } from '../../src/vmi/address.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { handlersOf, hookAll, relocations, serve, stepInto, workAll } from './relocated-guest.js';
+import {
+  handlersOf,
+  hookAll,
+  insideOf,
+  MOST_SITE_BYTES,
+  relocations,
+  serve,
+  stepInto,
+  stepOnce,
+  workAll,
+} from './relocated-guest.js';
 
 /** `mov [rcx], dl`, and a jump to itself. */
 const STORE = Buffer.from([0x88, 0x11, 0xeb, 0xfe]);
 const STORE_BYTES = 2n;
 
 /** A guest with code of the test's in it that stores a byte anywhere, read-only pages included. */
-function guestThatWrites() {
+function guestThatWrites(handler: HandlerChoice = 'lean') {
   const guest = EmbeddedGuest.boot({ vcpus: 1, seed: 31 });
   const { machine, loaded } = guest;
   const section = guest.peSection('MINIEX');
   const code = loaded.kernelBase + BigInt(section.rva + PAGE_SIZE - STORE.length);
   machine.writePhysical(loaded.translate(code)!, STORE);
-  const attached = guest.attach({ threshold: 2, handler: 'lean' });
+  const attached = guest.attach({ threshold: 2, handler });
   hookAll(guest, attached.engine);
   attached.engine.relocating = true;
   serve(guest.hypervisor, attached.engine, () => relocations(attached.events).length >= 10);
@@ -115,5 +126,30 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     expect(events.length).toBe(count);
     guest.startTimer();
     engine.unload();
+  });
+
+  test('over several instructions of ours: once the vCPU among them has gone on', () => {
+    const { guest, store, engine, kernel, events } = guestThatWrites('inline');
+    const inside = new Map(
+      handlersOf(events).flatMap((handler) =>
+        [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
+      ),
+    );
+    const { site } = stepInto(guest, 0, (rip) => inside.get(rip));
+    const standsInside = () => inside.get(guest.machine.registers(0).rip)?.site === site;
+    const original = kernel.image.read(Number(site - kernel.base), MOST_SITE_BYTES);
+    const isRestored = () => Buffer.compare(kernel.memory.read(site, MOST_SITE_BYTES), original) === 0;
+    store(site, original[0]!);
+    guest.hypervisor.advance = () => [];
+    workAll(engine);
+    expect(events.at(-1)).toMatchObject({ type: 'taken-back', at: site });
+    expect([standsInside(), isRestored()]).toEqual([true, false]);
+    while (standsInside()) stepOnce(guest, 0);
+    serve(guest.hypervisor, engine, isRestored);
+    guest.hypervisor.advance = (machine) => machine.run(500).traps;
+    guest.startTimer();
+    engine.unload();
+    expect(guest.wrongStreams()).toEqual([]);
+    expect(guest.report().bugCheck).toBeUndefined();
   });
 });

@@ -97,6 +97,28 @@ export function boundariesOf(kernel: Kernel, { gva, bytes }: Handler): Map<numbe
   return boundaries;
 }
 
+/** The longest sites are those of two-level switches. */
+export const MOST_SITE_BYTES = 32;
+
+/** The instructions of what a site has become, behind the first. */
+export function insideOf(kernel: Kernel, { site }: Handler): Set<bigint> {
+  return instructionsOf(kernel.memory.read(site, MOST_SITE_BYTES), site);
+}
+
+/** Up to an indirect jump. */
+export function instructionsOf(bytes: Uint8Array, gva: bigint): Set<bigint> {
+  const found = new Set<bigint>();
+  const code = new Disassembler(bytes, gva);
+  for (let at = 0, last = false; !last; ) {
+    const { mnemonic, length } = code.at(at)!;
+    if (at > 0) found.add(gva + BigInt(at));
+    last = mnemonic === Mnemonic.Jmp;
+    at += length;
+  }
+  code.free();
+  return found;
+}
+
 /** Runs one instruction, answering what it traps. */
 export function stepOnce(guest: EmbeddedGuest, vcpu: number): void {
   const { trap } = guest.machine.step(vcpu, 1);
