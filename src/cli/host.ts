@@ -9,6 +9,7 @@ export interface HostCommandOptions {
   readonly memory: number;
   readonly seed?: number;
   readonly statistics?: string;
+  readonly module: boolean;
 }
 
 /** Runs the embedded host until Ctrl-C, or until the process ends that has started it as its own. */
@@ -22,6 +23,7 @@ export async function hostCommand(options: HostCommandOptions): Promise<void> {
     vcpus: options.vcpus,
     memoryMB: options.memory,
     seed,
+    module: options.module,
     ...(options.statistics === undefined ? {} : { statisticsPath: options.statistics }),
     signal: stop.signal,
     log: (message) => log.info(message),

@@ -80,6 +80,7 @@ program
   .addOption(new Option('--memory <mb>', "the guest's memory").argParser(integer(32, 4096)).default(64))
   .addOption(seed())
   .option('--statistics <path>', 'unix socket of the statistics channel (default: SOCKET.stats)')
+  .option('--no-module', 'a guest that runs its kernel only, and no real code in a module')
   .addHelpText(
     'after',
     `

@@ -18,7 +18,7 @@ export class EmbeddedHost {
 
   /**
    * Starts `memtables host` and waits until its guest has booted. It logs as much as this process does, unless
-   * `logLevel` is its own.
+   * `logLevel` is its own; its guest has the module where that has been fetched, unless told otherwise.
    *
    * @throws MemtablesError `MACHINE_FAILED` when it ends, or does not boot in time; the reason of `signal`
    */
@@ -27,13 +27,14 @@ export class EmbeddedHost {
     vcpus: number,
     seed: number,
     signal: AbortSignal,
-    logLevel = process.env.MEMTABLES_LOG,
+    { logLevel = process.env.MEMTABLES_LOG, module = true } = {},
   ): Promise<EmbeddedHost> {
     const statistics = `${socket}.stats`;
     const child = new Child(
       [
         ...['host', '--socket', socket, '--statistics', statistics],
         ...['--vcpus', String(vcpus), '--seed', String(seed)],
+        ...(module ? [] : ['--no-module']),
       ],
       logLevel,
     );

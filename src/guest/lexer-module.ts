@@ -34,6 +34,7 @@ const LEXER = {
   expected: 'relocatable',
 } as const;
 
+/** The image has three more tables in code, of the C runtime, which the lexer does not call. */
 const SITES: readonly SwitchSite[] = [
   {
     ...LEXER,

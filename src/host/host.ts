@@ -34,6 +34,8 @@ export interface HostOptions {
   readonly memoryMB: number;
   /** 32 bits. */
   readonly seed: number;
+  /** Whether the guest has its module, where that has been fetched; by default it has. */
+  readonly module?: boolean;
   /** Where the statistics channel listens; `SOCKET.stats` by default. */
   readonly statisticsPath?: string;
   /** Ends the host. */
@@ -53,11 +55,11 @@ export async function runHost(options: HostOptions): Promise<void> {
   const machine = createMachine({ vcpus: options.vcpus, memoryBytes: options.memoryMB * BYTES_PER_MB });
   try {
     const { image, module } = artefacts;
-    const { seed } = options;
+    const { seed, module: withModule = true } = options;
     const guest = loadGuest(machine, {
       image,
       seed,
-      ...(module && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
+      ...(module && withModule && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
     });
     machine.setTimer(TIMER_VECTOR, TIMER_MICROSECONDS);
     await serveGuest(machine, guest, artefacts, options);

@@ -62,6 +62,23 @@ async function framesOf(image: Buffer, pages: readonly number[]): Promise<bigint
 }
 
 describe('a host', () => {
+  it('without the module has nothing of it', async () => {
+    const bare = new AbortController();
+    const own = join(directory, 'bare');
+    const running = runHost({
+      ...{ socket: own, vcpus: 1, memoryMB: MEMORY_MB, seed: 7 },
+      module: false,
+      signal: bare.signal,
+    });
+    await until(({ guest }) => (guest?.switches['one-level'] ?? 0) > 0);
+    const bareClient = await StatisticsClient.connect(`${own}.stats`);
+    const [image, kernelOnly] = [await client.image(), await bareClient.image()];
+    bare.abort();
+    await running;
+    bareClient.close();
+    expect(image.length > kernelOnly.length).toBe(hasModule);
+  });
+
   it('boots its guest, which reports to the statistics channel and finds nothing wrong', async () => {
     const { guest, ...host } = await until((now) => (now.guest?.integritySweeps ?? 0) > 0);
     expect(host).toMatchObject({ vcpus: VCPUS, seed: 7, attached: true, outstandingEvents: 0 });
