@@ -216,6 +216,8 @@ class Interpreter implements TableReader {
         const known = this.decode(rva);
         if (known === undefined) rva++;
         else if (this.analysis.instructions.has(rva) || isFiller(known)) rva += known.length;
+        else if (rangeAt(data, rva + known.length - 1) !== undefined)
+          rva += known.length; // padding, then a table
         else {
           found = true;
           this.enter(rva, State.unknown());

@@ -8,10 +8,10 @@ import { functionAt } from '../../src/switches/functions.js';
 import { analyse } from '../../src/switches/interpreter.js';
 import { dwordTableEnd } from '../../src/switches/neighbours.js';
 import { scanImage } from '../../src/switches/scan.js';
-import type { FoundSwitch } from '../../src/switches/table.js';
+import { type FoundSwitch, SwitchRecogniser } from '../../src/switches/table.js';
 import { type Instruction, Mnemonic } from '../../src/x86/instruction.js';
 import { DISPATCH, withTable } from './cases.js';
-import { prove } from './listing.js';
+import { assemble, prove } from './listing.js';
 
 /** The index is whatever the caller gives. */
 const UNGUARDED = `
@@ -45,6 +45,21 @@ f2:   cmp r9d, 2
   it('has the entries of cases that cannot happen', () => {
     const source = behind('.long 0, default-image\n.long 0x7fffffff');
     expect(prove(source)).toMatchObject({ evidence: 'neighbour', entries: 7 });
+  });
+
+  it('begins behind padding that seems to be an instruction with its first bytes', () => {
+    const source = `f: movzx eax, byte ptr [rcx]${UNGUARDED}
+case: ret
+      .fill 3, 1, 0x66
+      .byte 0x48, 0x81
+table: .rept 5
+      .long case-image
+      .endr
+      .byte 0xcc, 0xcc, 0xcc, 0xcc
+end:`;
+    const { image, rva } = assemble(source, { functions: [] });
+    const site = new SwitchRecogniser(image, FunctionTable.read(image)).prove(rva('load'));
+    expect(site).toMatchObject({ found: true, evidence: 'neighbour', entries: 5 });
   });
 
   it('is a guess where the next dword leads into an instruction', () => {
