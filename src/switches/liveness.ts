@@ -18,7 +18,10 @@ const MAX_STEPS = 4096;
  * returned in rax; rdx is given the benefit of the doubt.
  */
 const DEAD_AT_RETURN = maskOf(['rcx', 'r8', 'r9', 'r10', 'r11']) | STATUS_FLAGS;
-/** Of registers, a callee may read any: link-time optimisation may have found a convention of its own for it. */
+/**
+ * Of registers, a callee may read any: link-time optimisation may have found a convention of its own for it. Flags are
+ * neither handed to a callee nor kept by it.
+ */
 const DEAD_AT_CALL = STATUS_FLAGS;
 
 /**

@@ -206,7 +206,8 @@ export interface RandomFunction {
 
 /**
  * A function `f` that moves, bounds and changes indices, and jumps through a table of 16 entries; its cases are
- * its own statements. It ends at label `done`. `callee` changes what a call may change.
+ * its own statements. It ends at label `done`. `callee` changes what a call may change,
+ * the flags too: nobody finds there what was in them before a call.
  */
 export const randomFunction: fc.Arbitrary<RandomFunction> = fc
   .tuple(
@@ -235,6 +236,7 @@ callee: mov rax, [${FRAME_POINTER}+0x40]
  mov r8, rax
  mov [${FRAME_POINTER}+0x20], rax
  mov [${FRAME_POINTER}+0x28], rax
+ cmp rax, 5
  ret
 callee_end:`;
     return { source, statements: statements.length };
