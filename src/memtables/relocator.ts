@@ -134,7 +134,8 @@ export class Relocator {
       const handlers = this.#placeUnobstructed(parts, placer, mayWait);
       if (typeof handlers !== 'string') return { candidate, handlers, failed };
       if (handlers === IN_USE && mayWait) return IN_USE;
-      reason = handlers;
+      // What else is in the way says more than that there is no slack.
+      if (handlers !== 'no-slack' || Object.keys(failed).length === 0) reason = handlers;
       failed[candidate.name] ??= reason;
     }
     return reason;

@@ -296,7 +296,7 @@ describe('engine on the embedded guest', () => {
   });
 });
 
-describe.each(['seed', 'lean', 'fused'] as const)('a %s handler', (handler) => {
+describe.each(['seed', 'lean', 'fused', 'guarded'] as const)('a %s handler', (handler) => {
   test('a vCPU inside it blocks the scan at every instruction boundary, then leaves', () => {
     const { guest, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
     const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));
@@ -363,7 +363,7 @@ describe.each(['seed', 'lean', 'fused'] as const)('a %s handler', (handler) => {
   });
 });
 
-describe.each(['lean', 'fused'] as const)('a vCPU inside a %s handler', (handler) => {
+describe.each(['lean', 'fused', 'guarded'] as const)('a vCPU inside a %s handler', (handler) => {
   test.each([0, 1, 2, 3, 4])(
     'is taken out of it by unload, after %i of its instructions, and does not have to run for that',
     (instructions) => {
