@@ -26,7 +26,7 @@ describe('results in words', () => {
     const site = { type: 'refused', site: 1n, table: 2n } as const;
     const describeEvent = describeEvents();
     expect(describeEvent({ ...site, reason: 'bound-not-proven' })).toMatch(
-      /: no guard bounds the index \[bound-not-proven\]$/,
+      /: it is not known where the table ends \[bound-not-proven\]$/,
     );
     expect(describeEvent({ ...site, reason: 'something-new' })).toMatch(/ alone: something-new$/);
   });

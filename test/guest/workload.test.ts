@@ -50,8 +50,11 @@ describe('the model of the workload', () => {
   });
 
   it('lets a value past every end through, so that each default case runs', () => {
-    for (const { form, range, switches } of calls) {
-      if (form === 'look-alike') continue;
+    // Where no guard is, there is none for a value past the end.
+    const { sites } = readGuestArtefacts().sites;
+    const unguarded = new Set(sites.filter(({ guard }) => guard === 'none').map((site) => site.function));
+    for (const { function: name, form, range, switches } of calls) {
+      if (form === 'look-alike' || unguarded.has(name)) continue;
       const [model] = switches;
       if (model!.mask !== 0) continue;
       expect((range - 1) >> (switches.length - 1)).toBeGreaterThanOrEqual(

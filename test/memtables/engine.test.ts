@@ -129,7 +129,8 @@ describe('engine on the embedded guest', () => {
 
   test('a load that trapped exactly as often as the threshold says is not relocated yet', () => {
     const guest = EmbeddedGuest.boot({ seed: 15, vcpus: 1 });
-    const { engine, events } = guest.attach({ threshold: 20 });
+    // An inline one may have to wait, and more hits come meanwhile.
+    const { engine, events } = guest.attach({ threshold: 20, handler: 'lean' });
     hookAll(guest, engine);
     engine.relocating = true;
     serve(guest.hypervisor, engine, () => relocations(events).length > 5);
@@ -296,7 +297,7 @@ describe('engine on the embedded guest', () => {
   });
 });
 
-describe.each(['seed', 'lean', 'fused', 'guarded'] as const)('a %s handler', (handler) => {
+describe.each(['seed', 'lean', 'fused'] as const)('a %s handler', (handler) => {
   test('a vCPU inside it blocks the scan at every instruction boundary, then leaves', () => {
     const { guest, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler });
     const inside = stepInto(guest, 0, (rip) => handlerAt(events, rip));

@@ -21,9 +21,13 @@ test.each([
     hookAll(guest, engine);
     engine.relocating = true;
     serve(guest.hypervisor, engine, () => relocations(events).length >= 20);
+    // Out of those with a stack nobody is moved.
+    const handlers = relocations(events).filter(
+      ({ encoder }) => options.handler === 'seed' || encoder !== 'seed',
+    );
     const insideHandler = () =>
       Array.from({ length: options.vcpus }, (_, vcpu) => guest.machine.registers(vcpu).rip).some(
-        (rip) => handlerAt(events, rip) !== undefined,
+        (rip) => handlerAt(handlers, rip) !== undefined,
       );
     serve(guest.hypervisor, engine, insideHandler);
     const report = engine.unload();
