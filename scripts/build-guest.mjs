@@ -1,7 +1,7 @@
-// Builds the NT-like guest: assembles and links native/guest into a PE64 image, sets what the linker cannot, and
-// writes the image's ISF profile and the list of its switch sites.
+// Builds the NT-like guest: assembles and links native/guest into two PE64 images, the kernel and the HAL that it
+// imports from, sets what the linker cannot, and writes the kernel's ISF profile and the list of its switch sites.
 //
-//   node scripts/build-guest.mjs OUTDIR     writes ntoskrnl.exe, ntoskrnl.json and sites.json there
+//   node scripts/build-guest.mjs OUTDIR     writes ntoskrnl.exe, hal.dll, ntoskrnl.json and sites.json there
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -13,21 +13,31 @@ const SOURCE = join(dirname(fileURLToPath(import.meta.url)), '../native/guest');
 const TOOLS = 'x86_64-w64-mingw32-';
 const IMAGE_BASE = 0x140000000;
 const PAGE = 0x1000;
-const ENTRY = 'KiSystemStartup';
 const SITES_SECTION = '.sites';
-const UNITS = [
-  'start',
-  'scheduler',
-  'trap',
-  'platform/embedded',
-  'workload',
-  'lexer',
-  'modules',
-  'integrity',
-  'exports',
-  'switches',
-  'lookalikes',
-];
+const KERNEL = {
+  file: 'ntoskrnl.exe',
+  script: 'image.ld',
+  entry: 'KiSystemStartup',
+  units: [
+    'start',
+    'scheduler',
+    'trap',
+    'workload',
+    'lexer',
+    'modules',
+    'imports',
+    'integrity',
+    'exports',
+    'switches',
+    'lookalikes',
+  ],
+};
+const HAL = {
+  file: 'hal.dll',
+  script: 'hal.ld',
+  entry: 'DllInitialize',
+  units: ['hal', 'platform/embedded'],
+};
 
 // IMAGE_SCN_*: what a section is and how it may be treated.
 const CODE = 0x20;
@@ -48,6 +58,10 @@ const CHARACTERISTICS = {
   MINIEX: NON_PAGED_CODE,
   KVASCODE: NON_PAGED_CODE,
   INITKDBG: NON_PAGED_CODE,
+  HALSTART: NON_PAGED_CODE,
+  HALCLOCK: NON_PAGED_CODE,
+  HALEOI: NON_PAGED_CODE,
+  HALPUTC: NON_PAGED_CODE,
   PAGE: CODE | EXECUTE | READ,
   INIT: CODE | DISCARDABLE | EXECUTE | READ,
   '.rdata': DATA | NOT_PAGED | READ,
@@ -64,15 +78,15 @@ function run(tool, args) {
   return stdout;
 }
 
-function link(directory) {
-  const objects = UNITS.map((unit) => {
+function link({ file, script, entry, units }, directory) {
+  const objects = units.map((unit) => {
     const object = join(directory, `${basename(unit)}.o`);
     run('as', ['-I', SOURCE, '-o', object, join(SOURCE, `${unit}.s`)]);
     return object;
   });
-  const linked = join(directory, 'ntoskrnl.exe'); // the name goes into the export directory
+  const linked = join(directory, file); // the name goes into the export directory
   run('ld', [
-    ...['-T', join(SOURCE, 'image.ld'), '-e', ENTRY, '-o', linked],
+    ...['-T', join(SOURCE, script), '-e', entry, '-o', linked],
     ...['--image-base', `0x${IMAGE_BASE.toString(16)}`, '--subsystem', 'native'],
     ...['--section-alignment', `${PAGE}`, '--file-alignment', `${PAGE}`],
     ...['--dynamicbase', '--enable-reloc-section', '--disable-auto-import', '--no-insert-timestamp'],
@@ -104,12 +118,23 @@ function sectionsOf(image) {
       name: image.toString('latin1', header, header + 8).replace(/\0+$/, ''),
       virtualSize: image.readUInt32LE(header + 8),
       rva: image.readUInt32LE(header + 12),
+      fileSize: image.readUInt32LE(header + 16),
       fileOffset: image.readUInt32LE(header + 20),
     };
   });
 }
 
-/** Takes the last section, the site records, and the symbol table behind it out of the image. */
+/** Takes what lies behind the sections out of the image: its symbol table. */
+function withoutSymbols(linked) {
+  const { fileOffset, fileSize } = sectionsOf(linked).at(-1);
+  const image = Buffer.from(linked.subarray(0, fileOffset + fileSize));
+  const pe = image.readUInt32LE(0x3c);
+  image.writeUInt32LE(0, pe + 8); // where they are
+  image.writeUInt32LE(0, pe + 12); // and how many
+  return image;
+}
+
+/** Takes the last section, the site records, out of the image. */
 function takeSiteRecords(linked) {
   const section = sectionsOf(linked).at(-1);
   if (section.name !== SITES_SECTION) throw new Error(`the last section is ${section.name}`);
@@ -117,14 +142,12 @@ function takeSiteRecords(linked) {
   const image = Buffer.from(linked.subarray(0, section.fileOffset));
   const pe = image.readUInt32LE(0x3c);
   image.writeUInt16LE(image.readUInt16LE(pe + 6) - 1, pe + 6);
-  image.writeUInt32LE(0, pe + 8); // symbols: where
-  image.writeUInt32LE(0, pe + 12); // and how many
   image.writeUInt32LE(section.rva, pe + 80); // SizeOfImage
   image.fill(0, section.header, section.header + 40);
   return { records, image };
 }
 
-/** Sets the characteristics and the debug directory. @returns {{guid: string, age: number, database: string}} */
+/** Sets the characteristics, the import and the debug directory. @returns {{guid: string, age: number, database: string}} */
 function finish(image, symbols) {
   const pe = image.readUInt32LE(0x3c);
   const sections = sectionsOf(image);
@@ -136,9 +159,13 @@ function finish(image, symbols) {
     const section = sections.findLast((candidate) => candidate.rva <= rva);
     return section.fileOffset + rva - section.rva;
   };
-  const DEBUG_DIRECTORY = pe + 24 + 112 + 6 * 8;
-  image.writeUInt32LE(symbols.get('WlDebugDirectory'), DEBUG_DIRECTORY);
-  image.writeUInt32LE(28, DEBUG_DIRECTORY + 4);
+  const setDirectory = (number, rva, size) => {
+    image.writeUInt32LE(rva, pe + 24 + 112 + number * 8);
+    image.writeUInt32LE(size, pe + 24 + 112 + number * 8 + 4);
+  };
+  const imports = symbols.get('WlImportDirectory');
+  if (imports !== undefined) setDirectory(1, imports, symbols.get('WlImportDirectoryEnd') - imports);
+  setDirectory(6, symbols.get('WlDebugDirectory'), 28);
   const codeView = fileOffset(symbols.get('WlCodeView'));
   image.writeUInt32LE(codeView, fileOffset(symbols.get('WlDebugDirectory')) + 24);
   image.writeUInt32LE(0, pe + 88); // CheckSum: none
@@ -288,15 +315,19 @@ function main(output) {
   if (!output) throw new Error('usage: node scripts/build-guest.mjs OUTDIR');
   const work = mkdtempSync(join(tmpdir(), 'memtables-guest-'));
   try {
-    const linked = link(work);
+    const linked = link(KERNEL, work);
     const symbols = readSymbols(linked);
-    const { records, image } = takeSiteRecords(readFileSync(linked));
+    const { records, image } = takeSiteRecords(withoutSymbols(readFileSync(linked)));
     const pdb = finish(image, symbols);
+    const linkedHal = link(HAL, work);
+    const hal = withoutSymbols(readFileSync(linkedHal));
+    finish(hal, readSymbols(linkedHal));
     const write = (name, value) => writeFileSync(join(output, name), `${JSON.stringify(value, null, 1)}\n`);
     mkdirSync(output, { recursive: true });
     write('ntoskrnl.json', makeProfile(pdb, symbols));
     write('sites.json', readSites(records, image));
-    writeFileSync(join(output, 'ntoskrnl.exe'), image);
+    writeFileSync(join(output, KERNEL.file), image);
+    writeFileSync(join(output, HAL.file), hal);
   } finally {
     rmSync(work, { recursive: true, force: true });
   }

@@ -208,7 +208,12 @@ const steps = [
     name: 'guest',
     what: 'building the guest kernel',
     inputs: ['native/guest', 'scripts/build-guest.mjs'],
-    outputs: ['build/guest/ntoskrnl.exe', 'build/guest/ntoskrnl.json', 'build/guest/sites.json'],
+    outputs: [
+      'build/guest/ntoskrnl.exe',
+      'build/guest/hal.dll',
+      'build/guest/ntoskrnl.json',
+      'build/guest/sites.json',
+    ],
     run: () => {
       installGuestAssembler();
       buildGuest();

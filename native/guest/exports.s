@@ -75,20 +75,4 @@ function MiniExStub
     xor     eax, eax
     ret
 
-# CodeView: where a debugger, and the profile, find the name of this build. The signature (GUID) is filled in by the
-# build: it is a hash of the image.
-    .section .rdata,"dr"
-    .balign 16
-    .globl  WlDebugDirectory, WlCodeView
-WlDebugDirectory:
-    .long   0, 0, 0
-    .long   2                                   # CodeView
-    .long   WlCodeViewEnd - WlCodeView
-    .rva    WlCodeView
-    .long   0                                   # file offset, filled in
-WlCodeView:
-    .ascii  "RSDS"
-    .fill   16, 1, 0
-    .long   1
-    .asciz  "ntkrnlmp.pdb"
-WlCodeViewEnd:
+debug_record "ntkrnlmp.pdb"

@@ -1,5 +1,5 @@
 # The integrity checker, PatchGuard's part: it keeps comparing headers, all non-writable sections and the slack
-# behind them, of NT and of the module, with a copy made at boot, and it reads them in every way a checker may. Most
+# behind them, of NT, the HAL and the module, with a copy made at boot, and it reads them in every way a checker may. Most
 # of a page is read widely; which 256 bytes are read narrowly changes with page and sweep.
 .include "guest.inc"
 
@@ -21,24 +21,30 @@
 # An image that is checked, and the copy it is compared with.
 .set CHECKED_BASE, 0x00
 .set CHECKED_REFERENCE, 0x08
+.set CHECKED_BYTES, 0x10
 
 code_section INIT
 
 # RCX = boot block: copies the images as the loader left them.
 frame_function WlKeepReferenceImages, 0, rbx, rsi, rdi
-    mov     rsi, [rcx + BOOT_MODULE]
-    lea     rbx, [rip + WlModuleChecked]
+    lea     rbx, [rip + WlChecked]
+    lea     rax, [rip + __ImageBase]
+    mov     [rbx + CHECKED_BASE], rax
+    mov     rax, [rcx + BOOT_HAL]
+    mov     [rbx + CHECKED_BYTES + CHECKED_BASE], rax
+    mov     rax, [rcx + BOOT_MODULE]
+    mov     [rbx + 2 * CHECKED_BYTES + CHECKED_BASE], rax
+.Lkeep_next:
+    mov     rsi, [rbx + CHECKED_BASE]
     test    rsi, rsi
-    jz      .Lno_module
+    jz      .Lall_kept
     call    .Lkeep_reference
-.Lno_module:
-    lea     rsi, [rip + __ImageBase]
-    lea     rbx, [rip + WlKernelChecked]
-    call    .Lkeep_reference
+    add     rbx, CHECKED_BYTES
+    jmp     .Lkeep_next
+.Lall_kept:
     leave_frame
     ret
 .Lkeep_reference:
-    mov     [rbx + CHECKED_BASE], rsi
     mov     eax, [rsi + PE_OFFSET]
     mov     ecx, [rsi + rax + PE_SIZE_OF_IMAGE]
     mov     edx, ecx
@@ -58,13 +64,12 @@ frame_function WlIntegrityThread, 0x28
     call    KeDelayExecutionThread
     xor     r15d, r15d                          # sweeps
 .Lsweep:
-    lea     r12, [rip + WlKernelChecked]
+    lea     r12, [rip + WlChecked]
+.Lcheck_next:
     call    WlCheckImage
-    lea     r12, [rip + WlModuleChecked]
+    add     r12, CHECKED_BYTES
     cmp     qword ptr [r12 + CHECKED_BASE], 0
-    je      .Lall_checked
-    call    WlCheckImage
-.Lall_checked:
+    jne     .Lcheck_next
     inc     r15d
     inc     qword ptr [rip + WlReport + REPORT_SWEEPS]
     jmp     .Lsweep
@@ -368,12 +373,12 @@ end_frame_function
     .data
     .balign 16
     .globl  WlReferenceImage
-WlKernelChecked:
+# NT, the HAL, and the module, if there is one; the end.
+WlChecked:
     .quad   0
 WlReferenceImage:
     .quad   0
-WlModuleChecked:
-    .quad   0, 0
+    .fill   3 * CHECKED_BYTES, 1, 0
     .balign 64
 PageBuffer:
     .fill   PAGE_BYTES, 1, 0

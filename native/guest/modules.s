@@ -1,8 +1,9 @@
-# The list of loaded modules: NT's own image first, then the one that the host has mapped, if there is one. Its
-# entry point is never called and none of its imports is resolved: only code that needs neither may run.
+# The list of loaded modules: NT's own image first, the HAL, then the module that the host has mapped, if there is one.
+# No entry point is called, and none of that module's imports is resolved: only code that needs neither may run.
 .include "guest.inc"
 
 .set PE_OFFSET, 0x3c
+.set PE_ENTRY_POINT, 0x28
 .set PE_SIZE_OF_IMAGE, 0x50
 
 code_section INIT
@@ -11,16 +12,14 @@ code_section INIT
 frame_function MiInitializeLoadedModuleList, 0x20, rbx
     mov     rbx, rcx
     lea     rdx, [rip + __ImageBase]
-    mov     eax, [rdx + PE_OFFSET]
-    mov     r8d, [rdx + rax + PE_SIZE_OF_IMAGE]
-    lea     r9, [rip + KiSystemStartup]
     lea     rcx, [rip + NtNames]
+    call    MiInsertLoadedModule
+    mov     rdx, [rbx + BOOT_HAL]
+    lea     rcx, [rip + HalNames]
     call    MiInsertLoadedModule
     mov     rdx, [rbx + BOOT_MODULE]
     test    rdx, rdx
     jz      .Lno_module
-    mov     r8d, [rbx + BOOT_MODULE_SIZE]
-    mov     r9, [rbx + BOOT_MODULE_ENTRY]
     lea     rcx, [rip + ModuleNames]
     call    MiInsertLoadedModule
 .Lno_module:
@@ -28,7 +27,7 @@ frame_function MiInitializeLoadedModuleList, 0x20, rbx
     ret
 end_frame_function
 
-# RCX = its two names, RDX = base, R8D = size of the image, R9 = entry point.
+# RCX = its two names, RDX = base.
 frame_function MiInsertLoadedModule, 0, rbx, rsi, rdi
     mov     rsi, rcx
     mov     rdi, rdx
@@ -36,8 +35,13 @@ frame_function MiInsertLoadedModule, 0, rbx, rsi, rdi
     call    ExAllocatePool
     mov     rbx, rax
     mov     [rbx + _KLDR_DATA_TABLE_ENTRY.DllBase], rdi
-    mov     [rbx + _KLDR_DATA_TABLE_ENTRY.EntryPoint], r9
-    mov     [rbx + _KLDR_DATA_TABLE_ENTRY.SizeOfImage], r8d
+    mov     edx, [rdi + PE_OFFSET]
+    add     rdx, rdi
+    mov     eax, [rdx + PE_ENTRY_POINT]
+    add     rax, rdi
+    mov     [rbx + _KLDR_DATA_TABLE_ENTRY.EntryPoint], rax
+    mov     eax, [rdx + PE_SIZE_OF_IMAGE]
+    mov     [rbx + _KLDR_DATA_TABLE_ENTRY.SizeOfImage], eax
     movups  xmm0, [rsi]
     movups  [rbx + _KLDR_DATA_TABLE_ENTRY.FullDllName], xmm0
     movups  xmm0, [rsi + _UNICODE_STRING.size]
@@ -63,6 +67,12 @@ NtFullNameEnd:
 NtBaseName:
     .string16 "ntoskrnl.exe"
 NtBaseNameEnd:
+HalFullName:
+    .string16 "\\SystemRoot\\system32\\hal.dll"
+HalFullNameEnd:
+HalBaseName:
+    .string16 "hal.dll"
+HalBaseNameEnd:
 ModuleFullName:
     .string16 "\\SystemRoot\\System32\\drivers\\tree-sitter-c.node"
 ModuleFullNameEnd:
@@ -73,6 +83,9 @@ ModuleBaseNameEnd:
 NtNames:
     unicode_string NtFullName
     unicode_string NtBaseName
+HalNames:
+    unicode_string HalFullName
+    unicode_string HalBaseName
 ModuleNames:
     unicode_string ModuleFullName
     unicode_string ModuleBaseName

@@ -33,7 +33,7 @@ frame_function KiSystemStartup, 0
     jnz     .Lwait_for_kernel
     call    KiInitializeKernel
     mov     dword ptr [rip + KiKernelReady], 1
-    call    PlatformStartProcessors
+    call    [rip + __imp_HalStartProcessors]
 .Lwait_for_kernel:
     pause
     cmp     dword ptr [rip + KiKernelReady], 0
@@ -41,7 +41,7 @@ frame_function KiSystemStartup, 0
     lea     rax, [rip + KiProcessorBlock]
     mov     rcx, [rax + r13 * 8]
     call    KiLoadProcessor
-    call    PlatformStartClock
+    call    [rip + __imp_HalStartClock]
     mov     rsp, gs:[PRCB + _KPRCB.RspBase]
     sub     rsp, 0x20
     jmp     KiIdleLoop
@@ -146,7 +146,7 @@ frame_function KiInitializeKernel, 0x28, rbx, rsi, rdi, r12
 
     call    WlCreateWorkload
     lea     rsi, [rip + BootMessage]
-    call    WlPrint
+    call    [rip + __imp_HalDisplayString]
     lea     rax, [rip + WlReport]
     mov     [rbx + BOOT_REPORT], rax
     leave_frame

@@ -61,7 +61,7 @@ function KiClockInterrupt
     dec     byte ptr gs:[PRCB + _KPRCB.NestingLevel]
     add     rsp, 0x20
     pop     rsp
-    call    PlatformEndOfInterrupt
+    call    [rip + __imp_HalEndOfInterrupt]
 
     cmp     byte ptr [rsp + _KTRAP_FRAME.PreviousIrql], DISPATCH_LEVEL
     jae     .Lclock_return
@@ -183,7 +183,7 @@ frame_function KiUnexpectedInterrupt, 0
     mov     [rdi + REPORT_STOP_CR2], rax
     mov     qword ptr [rdi + REPORT_STOPPED], 1
     lea     rsi, [rip + StopMessage]
-    call    WlPrint
+    call    [rip + __imp_HalDisplayString]
     mov     rdx, [rdi + REPORT_STOP_VECTOR]
     call    WlPrintHex
     mov     rdx, [rdi + REPORT_STOP_RIP]
@@ -198,18 +198,6 @@ frame_function KiUnexpectedInterrupt, 0
     jmp     .Lstopped
 end_frame_function
 
-# RSI = zero-terminated text for the console.
-frame_function WlPrint, 0
-    mov     al, [rsi]
-    test    al, al
-    jz      .Lprinted
-    call    PlatformPutCharacter
-    inc     rsi
-    jmp     WlPrint
-.Lprinted:
-    ret
-end_frame_function
-
 # RDX = number, printed as 16 hexadecimal digits and a line end.
 frame_function WlPrintHex, 0
     mov     ecx, 16
@@ -222,11 +210,11 @@ frame_function WlPrintHex, 0
     add     al, 'a' - '0' - 10
 .Lbelow_ten:
     add     al, '0'
-    call    PlatformPutCharacter
+    call    [rip + __imp_HalPutCharacter]
     dec     ecx
     jnz     .Lnext_digit
     mov     al, '\n'
-    jmp     PlatformPutCharacter
+    jmp     [rip + __imp_HalPutCharacter]
 end_frame_function
 
 # --- system services --------------------------------------------------------------------------------------------

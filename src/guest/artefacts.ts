@@ -95,6 +95,8 @@ export interface GuestArtefacts {
   /** The PE64 image. */
   readonly image: Buffer;
   readonly imagePath: string;
+  /** The PE64 image that the kernel imports from. */
+  readonly hal: Buffer;
   /** The ISF profile of the image. */
   readonly profilePath: string;
   readonly sites: GuestSites;
@@ -119,6 +121,7 @@ export function readGuestArtefacts(directory = GUEST_DIRECTORY): GuestArtefacts 
       ...(module && { module }),
       image: readFileSync(imagePath),
       imagePath,
+      hal: readFileSync(join(directory, 'hal.dll')),
       profilePath,
       sites: JSON.parse(readFileSync(join(directory, 'sites.json'), 'utf8')),
     };

@@ -5,12 +5,15 @@ import { PeImage } from '../nt/pe.js';
 import { nextRandom } from '../random.js';
 import { type Gpa, type Gva, gpaOfFrame, PAGE_SHIFT, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import { type LaidOutImage, layOutImage } from './image.js';
+import { bindImports } from './imports.js';
 import type { GuestModule } from './lexer-module.js';
 import { type PageRights, PageTableBuilder } from './page-tables.js';
 
 export interface GuestOptions {
   /** `ntoskrnl.exe` as the set-up built it. */
   readonly image: Buffer;
+  /** `hal.dll`, which the kernel imports from, as the set-up built it. */
+  readonly hal: Buffer;
   /** Chooses the kernel base, the physical placement and the workload; 32 bits. */
   readonly seed: number;
   /** Loaded besides the kernel; its lexer reads the text over and over: at least one piece, and only whole ones. */
@@ -20,6 +23,11 @@ export interface GuestOptions {
 /** Each piece of the lexer's text is compared for itself: so short that one ends soon where every switch is a trap. */
 export const LEXER_PIECE_BYTES = 512;
 const CHECKSUM_BYTES = 4;
+
+export interface LoadedImage {
+  readonly base: Gva;
+  readonly size: number;
+}
 
 /** Where a guest was put. */
 export interface LoadedGuest {
@@ -31,7 +39,8 @@ export interface LoadedGuest {
   readonly vcpuCount: number;
   /** What the host and the guest's platform layer hand each other (native/guest/guest.inc). */
   readonly bootBlock: Gva;
-  readonly module?: { readonly base: Gva; readonly size: number };
+  readonly hal: LoadedImage;
+  readonly module?: LoadedImage;
   /** Translates an address of an image, the low alias, the pool, a kernel stack, the boot block or the text. */
   translate(gva: Gva): Gpa | undefined;
 }
@@ -51,16 +60,17 @@ export const BOOT_BLOCK = {
   lowAlias: 0x50,
   seed: 0x58,
   report: 0x60,
-  module: 0x68,
-  moduleSize: 0x70,
-  moduleEntry: 0x78,
-  language: 0x80,
-  text: 0x88,
-  textPieces: 0x90,
-  pieceBytes: 0x98,
-  checksums: 0xa0,
+  hal: 0x68,
+  module: 0x70,
+  language: 0x78,
+  text: 0x80,
+  textPieces: 0x88,
+  pieceBytes: 0x90,
+  checksums: 0x98,
 } as const;
 
+/** By this name the kernel imports from it. */
+const HAL = 'hal.dll';
 const PAGE = BigInt(PAGE_SIZE);
 const SEED_LIMIT = 2 ** 32;
 /** Spreads seeds that differ in a bit; also keeps 0 from being the generator's dead state. */
@@ -72,7 +82,8 @@ const POOL_REGION = { start: 0xffff_8000_0000_0000n, step: 0x4000_0000n, steps: 
 const STACK_REGION = { start: 0xffff_f500_0000_0000n, step: 0x4000_0000n, steps: 0x100 };
 const USER_CODE_REGION = { start: 0x7ff6_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
 const USER_STACK_REGION = { start: 0x0050_0000_0000n, step: 0x1_0000n, steps: 0x4000 };
-/** Above the kernel's base, whose image ends well before it: within reach of a near jump. */
+// Above the kernel's base, whose image ends well before them: within reach of a near jump.
+const HAL_REGION = { start: 0x400_0000n, step: 0x1_0000n, steps: 0x400 };
 const MODULE_REGION = { start: 0x1000_0000n, step: 0x1_0000n, steps: 0x4000 };
 const LOW_ALIAS_REGION = { start: 0x1000_0000n, step: 0x10_0000n, steps: 0x100 };
 
@@ -97,12 +108,12 @@ const EFER_LONG_MODE = 0xd00n; // LME LMA NXE
 const RFLAGS_RESET = 2n;
 
 /**
- * Places the image into the machine and every vCPU at its entry point.
+ * Places the images into the machine and every vCPU at its entry point.
  *
  * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the machine has too little memory or the
  * seed is not a 32-bit number
  */
-export function loadGuest(machine: Machine, { image: file, seed, module }: GuestOptions): LoadedGuest {
+export function loadGuest(machine: Machine, { image: file, hal, seed, module }: GuestOptions): LoadedGuest {
   if (!Number.isInteger(seed) || seed < 0 || seed >= SEED_LIMIT) {
     throw new MemtablesError('INVALID_ARGUMENT', `${seed} is no seed`, {
       remedy: 'Use a whole number from 0 to 4294967295.',
@@ -112,6 +123,8 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
   const image = layOutImage(file);
   const placement = new Placement(machine, seed);
   const kernelBase = placement.choose(KERNEL_REGION);
+  const loadedHal = loadHal(placement, kernelBase, hal);
+  bindToHal(file, image, hal, loadedHal.base);
   const imageFrames = placement.mapImage(kernelBase, image);
   const lowAlias = placement.choose(LOW_ALIAS_REGION);
   imageFrames.forEach((frame, page) => {
@@ -120,8 +133,8 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
 
   const loadedModule = module && loadModule(placement, kernelBase, module);
 
-  const copiedPages = imageFrames.length + (loadedModule?.size ?? 0) / PAGE_SIZE;
-  const poolPages = copiedPages + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
+  const copiedBytes = image.bytes.length + loadedHal.size + (loadedModule?.size ?? 0);
+  const poolPages = copiedBytes / PAGE_SIZE + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
   const pool = placement.choose(POOL_REGION);
   placement.mapZeroed(pool, poolPages);
   const poolEnd = pool + BigInt(poolPages) * PAGE;
@@ -162,6 +175,7 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
     seed,
     vcpuCount: machine.vcpuCount,
     bootBlock,
+    hal: loadedHal,
     ...(loadedModule && { module: loadedModule }),
     translate: (gva) => placement.translate(gva),
   };
@@ -179,9 +193,8 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
     lowAlias,
     seed: BigInt(seed),
     report: 0n,
+    hal: loadedHal.base,
     module: loadedModule?.base ?? 0n,
-    moduleSize: BigInt(loadedModule?.size ?? 0),
-    moduleEntry: loadedModule?.entryPoint ?? 0n,
     language: loadedModule?.language ?? 0n,
     text,
     textPieces: BigInt(textPieces),
@@ -210,10 +223,26 @@ export function loadGuest(machine: Machine, { image: file, seed, module }: Guest
   return guest;
 }
 
-interface LoadedModule {
-  readonly base: Gva;
-  readonly size: number;
-  readonly entryPoint: Gva;
+function loadHal(placement: Placement, kernelBase: Gva, file: Buffer): LoadedImage {
+  const image = layOutImage(file);
+  const base = kernelBase + placement.choose(HAL_REGION);
+  placement.mapImage(base, image);
+  return { base, size: image.bytes.length };
+}
+
+/** Has the kernel's image call the HAL where it lies. */
+function bindToHal(file: Buffer, image: LaidOutImage, hal: Buffer, base: Gva): void {
+  const exports = ExportTable.read(PeImage.fromFile(hal));
+  bindImports(PeImage.fromFile(file), image.bytes, (from, name) => {
+    if (from === HAL) return base + BigInt(exports.rvaOf(name));
+    throw new MemtablesError('IMAGE_INVALID', `the guest's kernel imports from ${from}`, {
+      remedy: 'Build the guest again with `npm run setup`.',
+      context: { file: from },
+    });
+  });
+}
+
+interface LoadedModule extends LoadedImage {
   readonly language: Gva;
 }
 
@@ -229,7 +258,6 @@ function loadModule(
   return {
     base,
     size: image.bytes.length,
-    entryPoint: base + BigInt(image.entryPoint),
     language: base + BigInt(language),
   };
 }

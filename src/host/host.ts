@@ -54,10 +54,11 @@ export async function runHost(options: HostOptions): Promise<void> {
   const artefacts = readGuestArtefacts();
   const machine = createMachine({ vcpus: options.vcpus, memoryBytes: options.memoryMB * BYTES_PER_MB });
   try {
-    const { image, module } = artefacts;
+    const { image, hal, module } = artefacts;
     const { seed, module: withModule = true } = options;
     const guest = loadGuest(machine, {
       image,
+      hal,
       seed,
       ...(module && withModule && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
     });
@@ -72,14 +73,17 @@ export async function runHost(options: HostOptions): Promise<void> {
 export async function serveGuest(
   machine: Machine,
   guest: LoadedGuest,
-  artefacts: Pick<GuestArtefacts, 'image' | 'sites' | 'module'>,
+  artefacts: Pick<GuestArtefacts, 'image' | 'hal' | 'sites' | 'module'>,
   options: Pick<HostOptions, 'socket' | 'statisticsPath' | 'signal' | 'log'>,
 ): Promise<void> {
   const { socket, statisticsPath = `${socket}.stats`, signal, log = () => {} } = options;
   isSocketAt(socket);
   const { sites, module } = artefacts;
-  const image = PeImage.fromFile(artefacts.image);
-  const moduleImage = module && PeImage.fromFile(module.image);
+  const images = {
+    kernel: PeImage.fromFile(artefacts.image),
+    hal: PeImage.fromFile(artefacts.hal),
+    module: module && PeImage.fromFile(module.image),
+  };
   const started = performance.now();
   const uptime = () => Math.round(performance.now() - started);
   const watched = [
@@ -91,7 +95,7 @@ export async function serveGuest(
   const stopStatistics = await serveJsonLines(statisticsPath, {
     statistics: () =>
       hostStatistics(uptime(), guest, introspection, counters.report(), readGuestReport(machine, guest)),
-    image: () => snapshotImages(machine, guest, image, moduleImage),
+    image: () => snapshotImages(machine, guest, images),
   });
   const failure = new AbortController();
   const loop = new RunLoop(machine, introspection, (error) => failure.abort(error));

@@ -19,23 +19,25 @@ interface Placed {
   readonly regions: readonly ImageRegion[];
 }
 
-/** Of the kernel's image, and of the module's, where there is one. */
+/** Of the kernel's image, of the HAL's, and of the module's, where there is one. */
 export interface ImageSnapshot extends Placed {
+  readonly hal: Placed;
   readonly module?: Placed;
 }
 
 type Image = Pick<PeImage, 'sizeOfHeaders' | 'sections'>;
-type Guest = Pick<LoadedGuest, 'kernelBase' | 'module' | 'translate'>;
+type Guest = Pick<LoadedGuest, 'kernelBase' | 'hal' | 'module' | 'translate'>;
 
 /** The bytes of the guest's images that must not change, as memory holds them: no cloak is applied. */
 export function snapshotImages(
   machine: Pick<Machine, 'readPhysical'>,
   guest: Guest,
-  kernel: Image,
-  module?: Image,
+  images: { readonly kernel: Image; readonly hal: Image; readonly module: Image | undefined },
 ): ImageSnapshot {
+  const { kernel, hal, module } = images;
   return {
     ...snapshot(machine, guest, guest.kernelBase, kernel),
+    hal: snapshot(machine, guest, guest.hal.base, hal),
     ...(guest.module && module && { module: snapshot(machine, guest, guest.module.base, module) }),
   };
 }

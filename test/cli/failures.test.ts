@@ -144,14 +144,15 @@ describe('slack', () => {
     const socket = join(directory, 'kvmi');
     const artefacts = readGuestArtefacts();
     const machine = createMachine({ vcpus: 1, memoryBytes: 64 << 20 });
-    const guest = loadGuest(machine, { image: artefacts.image, seed: 3 });
+    const guest = loadGuest(machine, { image: artefacts.image, hal: artefacts.hal, seed: 3 });
     const gpaOf = (gva: bigint) => guest.translate(gva)!;
-    const sections = PeImage.fromFile(artefacts.image).sections;
-    const slack = findSlack(guest.kernelBase, sections, (gva, size) =>
-      machine.readPhysical(gpaOf(gva), size),
-    );
-    expect(slack.length).toBeGreaterThan(0);
-    for (const { gva, size } of slack) {
+    const slackOf = (base: bigint, image: Buffer) =>
+      findSlack(base, PeImage.fromFile(image).sections, (gva, size) =>
+        machine.readPhysical(gpaOf(gva), size),
+      );
+    const [nt, hal] = [slackOf(guest.kernelBase, artefacts.image), slackOf(guest.hal.base, artefacts.hal)];
+    for (const slack of [nt, hal]) expect(slack.length).toBeGreaterThan(0);
+    for (const { gva, size } of [...nt, ...hal]) {
       for (let at = gva; at < gva + BigInt(size); at++) machine.writePhysical(gpaOf(at), Buffer.of(0xcc));
     }
     machine.setTimer(0xd1, 1000);

@@ -84,12 +84,12 @@ describe('the guest boots', () => {
   });
 
   it('only in enough memory: what is too little is said, what is enough boots', () => {
-    const { image } = readGuestArtefacts();
+    const { image, hal } = readGuestArtefacts();
     const outcomes = new Set<string>();
     for (let pages = 1; pages <= 256; pages = Math.ceil(pages * 1.25)) {
       const machine = createMachine({ vcpus: 1, memoryBytes: pages * PAGE_SIZE });
       try {
-        const loaded = loadGuest(machine, { image, seed: pages });
+        const loaded = loadGuest(machine, { image, hal, seed: pages });
         machine.step(0, 200_000);
         expect(readGuestReport(machine, loaded)).toBeDefined();
         outcomes.add('boots');
@@ -114,8 +114,9 @@ describe('the guest boots', () => {
   ])('not from an image %s', (_what, damage) => {
     const machine = createMachine({ vcpus: 1, memoryBytes: 16 << 20 });
     try {
-      const image = damage(readGuestArtefacts().image);
-      expect(() => loadGuest(machine, { image, seed: 1 })).toThrow(
+      const { image: whole, hal } = readGuestArtefacts();
+      const image = damage(whole);
+      expect(() => loadGuest(machine, { image, hal, seed: 1 })).toThrow(
         expect.objectContaining({ code: 'IMAGE_INVALID' }),
       );
     } finally {

@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { readGuestArtefacts } from '../../src/guest/artefacts.js';
 import { layOutImage } from '../../src/guest/image.js';
 import { ExportTable } from '../../src/nt/exports.js';
+import { importedFiles } from '../../src/nt/imports.js';
 import { FunctionTable } from '../../src/nt/pdata.js';
 import { PeImage, type Section } from '../../src/nt/pe.js';
 import { loadProfile } from '../../src/nt/profile.js';
@@ -174,8 +175,8 @@ describe('the image of the guest', () => {
   });
 });
 
-describe('the platform layer', () => {
-  it('alone knows what the guest runs on: nothing else talks to a device or to a hypervisor', () => {
+describe('the kernel', () => {
+  it('does not know what it runs on: it talks to no device and to no hypervisor, but calls the HAL', () => {
     const talking = new Set<string>();
     for (const section of image.sections.filter(({ executable }) => executable)) {
       for (const begin of functionStarts(section)) {
@@ -184,7 +185,8 @@ describe('the platform layer', () => {
         }
       }
     }
-    expect([...talking]).toEqual(['PlatformPutCharacter']);
+    expect([...talking]).toEqual([]);
+    expect(importedFiles(image)).toEqual(['hal.dll']);
   });
 });
 

@@ -61,7 +61,7 @@ if (module === undefined) {
   const pageOf = (rva: number) => Math.floor(rva / PAGE_SIZE);
 
   describe('the module of the guest', () => {
-    it('is in the list of loaded modules, behind NT, within reach of a near jump', () => {
+    it('is in the list of loaded modules, behind NT and the HAL, within reach of a near jump', () => {
       const { guest, base } = bootWithModule();
       const { kernelBase, imageSize } = guest.loaded;
       const head = guest.symbol('PsLoadedModuleList');
@@ -88,6 +88,7 @@ if (module === undefined) {
           path: '\\SystemRoot\\system32\\ntoskrnl.exe',
           name: 'ntoskrnl.exe',
         },
+        expect.objectContaining({ base: guest.loaded.hal.base, name: 'hal.dll' }),
         {
           base,
           entryPoint: base + BigInt(image.entryPoint),

@@ -37,9 +37,10 @@ export class SteppedGuest {
     this.profile = loadProfile(this.artefacts.profilePath);
     this.machine = createMachine({ vcpus, memoryBytes: memoryMB * MEGABYTE });
     onTestFinished(() => this.machine.close());
-    const { image, module } = this.artefacts;
+    const { image, hal, module } = this.artefacts;
     this.loaded = loadGuest(this.machine, {
       image,
+      hal,
       seed,
       ...(module && text && { module: { ...module, text } }),
     });

@@ -44,7 +44,7 @@ beforeEach(async () => {
   directory = mkdtempSync(join(tmpdir(), 'memtables-host-'));
   socket = join(directory, 'tool');
   machine = createMachine({ vcpus: VCPUS, memoryBytes: 32 << 20 });
-  const guest = loadGuest(machine, { image: artefacts.image, seed: 11 });
+  const guest = loadGuest(machine, { image: artefacts.image, hal: artefacts.hal, seed: 11 });
   machine.setTimer(0xd1, 1000);
   const pages = new Set(artefacts.sites.sites.map(({ tableRva }) => BigInt(tableRva & ~(PAGE_SIZE - 1))));
   frames = [...pages].map((page) => guest.translate(guest.kernelBase + page)!);

@@ -166,7 +166,8 @@ describe('the NT-like guest, stepped by a seed', () => {
   function boot(seed: number) {
     const machine = createMachine({ vcpus: 2, memoryBytes: 64 << 20 });
     machines.push(machine);
-    const loaded = loadGuest(machine, { image: readGuestArtefacts().image, seed: 1 });
+    const { image, hal } = readGuestArtefacts();
+    const loaded = loadGuest(machine, { image, hal, seed: 1 });
     const outcome = run(machine, seed, ADVANCES);
     return { ...outcome, report: readGuestReport(machine, loaded) };
   }

@@ -45,9 +45,10 @@ export class EmbeddedGuest {
   private constructor(vcpus: number, seed: number, text: Uint8Array | undefined) {
     this.artefacts = readGuestArtefacts();
     this.machine = createMachine({ vcpus, memoryBytes: MEMORY_BYTES });
-    const { image, module } = this.artefacts;
+    const { image, hal, module } = this.artefacts;
     this.loaded = loadGuest(this.machine, {
       image,
+      hal,
       seed,
       ...(module && text && { module: { ...module, text } }),
     });
@@ -103,10 +104,15 @@ export class EmbeddedGuest {
 
   /** Writes a byte to the end of the page behind each section, as anybody may: a tool finds no slack then. */
   spoilSlack(): void {
-    for (const { rva, virtualSize } of PeImage.fromFile(this.artefacts.image).sections) {
-      const pageEnd = Math.ceil((rva + virtualSize) / PAGE_SIZE) * PAGE_SIZE;
-      const gpa = this.loaded.translate(this.loaded.kernelBase + BigInt(pageEnd - 1));
-      if (gpa !== undefined) this.machine.writePhysical(gpa, Buffer.from([1]));
+    for (const [image, base] of [
+      [this.artefacts.image, this.loaded.kernelBase],
+      [this.artefacts.hal, this.loaded.hal.base],
+    ] as const) {
+      for (const { rva, virtualSize } of PeImage.fromFile(image).sections) {
+        const pageEnd = Math.ceil((rva + virtualSize) / PAGE_SIZE) * PAGE_SIZE;
+        const gpa = this.loaded.translate(base + BigInt(pageEnd - 1));
+        if (gpa !== undefined) this.machine.writePhysical(gpa, Buffer.from([1]));
+      }
     }
   }
 
@@ -147,14 +153,13 @@ export class EmbeddedGuest {
 
   /** The bytes that must be as they were after an unload. */
   image(): string {
-    const { image, module } = this.artefacts;
+    const { image, hal, module } = this.artefacts;
     return JSON.stringify(
-      snapshotImages(
-        this.machine,
-        this.loaded,
-        PeImage.fromFile(image),
-        module && PeImage.fromFile(module.image),
-      ),
+      snapshotImages(this.machine, this.loaded, {
+        kernel: PeImage.fromFile(image),
+        hal: PeImage.fromFile(hal),
+        module: module && PeImage.fromFile(module.image),
+      }),
     );
   }
 
