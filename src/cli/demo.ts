@@ -106,14 +106,18 @@ function describeLexer(lexer: DemoSummary['guest']['lexer']): string {
 }
 
 function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): string {
-  const speedup = rate(phases.relocated, 'one-level') / rate(phases.hooked, 'one-level');
-  const ofUnhooked = rate(phases.relocated, 'one-level') / rate(phases.unhooked, 'one-level');
+  const { sites } = summary;
   return [
     '',
     ...phaseTable(phases),
     '',
-    `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'table load')} relocated (${counts(summary.encoders)}); left alone: ${counts(summary.refused)}`,
-    `one-level switches: ${speedup.toFixed(0)} times as fast as with trapped tables, ${ofUnhooked.toFixed(2)} of the unhooked rate`,
+    `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'switch', 'switches')} relocated (${counts(summary.encoders)}); left alone: ${counts(summary.refused)}`,
+    `of the kernel's ${sites.listed} switches ${sites.relocated} were relocated, ${sites.undecided} did not become hot`,
+    ...(['one-level', 'two-level'] as const).map((form) => {
+      const relative = (name: 'hooked' | 'unhooked') =>
+        rate(phases.relocated, form) / rate(phases[name], form);
+      return `${form} switches: ${relative('hooked').toFixed(0)} times as fast as with trapped tables, ${relative('unhooked').toFixed(2)} of the unhooked rate`;
+    }),
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
     `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,
     describeLexer(guest.lexer),

@@ -15,11 +15,14 @@ import { EmbeddedHost } from './embedded-host.js';
 import { fullPieces, fullSweeps, type Phase, phaseBetween, secondsBetween, sum } from './phase.js';
 import { unlessAborted } from './unless-aborted.js';
 import {
+  type Decided,
   type GuestVerdict,
   guestShortcomings,
+  judgeSites,
   lateViolations,
   lexerShortcomings,
   type Relocated,
+  type SiteCounts,
   speedShortcomings,
 } from './verdict.js';
 
@@ -45,6 +48,7 @@ export interface DemoSummary {
   readonly relocations: number;
   /** The relocations by what laid their handlers out. */
   readonly encoders: Readonly<Partial<Record<Encoder, number>>>;
+  readonly sites: SiteCounts;
   readonly refused: Statistics['refused'];
   /** Counted by the host. */
   readonly staleEvents: number;
@@ -139,8 +143,10 @@ async function measure(
   signal: AbortSignal,
 ): Promise<DemoResult> {
   const relocated: Relocated[] = [];
+  const decided: Decided[] = [];
   attachment.on('event', (event) => {
     if (event.type === 'relocated') relocated.push(event);
+    if (event.type === 'relocated' || event.type === 'refused') decided.push(event);
     progress.event(event);
   });
   const phase = async (name: PhaseName): Promise<MeasuredPhase> => {
@@ -178,6 +184,7 @@ async function measure(
     ...(afterUnload.guest?.lexer && { lexer: afterUnload.guest.lexer }),
   };
   const phases = { unhooked: unhooked.result, hooked: hooked.result, relocated: last.result };
+  const sites = judgeSites(artefacts.sites.sites, attachment.kernel.base, decided);
   const summary: DemoSummary = {
     vcpus: options.vcpus,
     seed: options.seed,
@@ -185,6 +192,7 @@ async function measure(
     phases,
     relocations: engine.relocations,
     encoders: countEncoders(relocated),
+    sites: sites.counts,
     refused: engine.refused,
     staleEvents: sum(afterUnload.violations.sites.map(({ stale }) => stale)),
     cloakedReads: engine.cloakedReads,
@@ -203,6 +211,8 @@ async function measure(
     }),
     // Which tables hooks of the user's own choice put on trapped pages is not for us to say.
     ...(options.hooks === undefined ? speedShortcomings(phases, relocated.length) : []),
+    // One encoder alone cannot do every switch, or has not slack enough.
+    ...(options.handler === 'auto' ? sites.shortcomings : []),
   ];
   return { summary, shortcomings: found };
 }

@@ -1,6 +1,7 @@
+import type { SwitchSite } from '../guest/artefacts.js';
 import type { HostStatistics } from '../host/statistics-client.js';
 import type { EngineEvent } from '../memtables/report.js';
-import { hex } from '../vmi/address.js';
+import { type Gva, hex } from '../vmi/address.js';
 import { type Phase, rate } from './phase.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
@@ -17,7 +18,7 @@ export interface GuestVerdict {
 /** More threads than the guest has. */
 const MOST_THREADS = 64;
 
-/** How much faster one-level switches must be once they are relocated. */
+/** How much faster switches must be once they are relocated. */
 const REQUIRED_SPEEDUP = 20;
 
 type Phases = Readonly<Record<'unhooked' | 'hooked' | 'relocated', Phase>>;
@@ -54,13 +55,63 @@ export function lexerShortcomings(phases: Phases, { lexer }: GuestVerdict): stri
 export function speedShortcomings(phases: Phases, relocations: number): string[] {
   const found: string[] = [];
   if (relocations === 0) found.push('no load was relocated');
-  const speedup = rate(phases.relocated, 'one-level') / rate(phases.hooked, 'one-level');
-  if (!(speedup >= REQUIRED_SPEEDUP)) {
-    found.push(
-      `one-level switches became ${speedup.toFixed(1)} times as fast, not ${REQUIRED_SPEEDUP} times`,
-    );
+  for (const form of ['one-level', 'two-level'] as const) {
+    const speedup = rate(phases.relocated, form) / rate(phases.hooked, form);
+    if (!(speedup >= REQUIRED_SPEEDUP)) {
+      found.push(
+        `${form} switches became ${speedup.toFixed(1)} times as fast, not ${REQUIRED_SPEEDUP} times`,
+      );
+    }
   }
   return found;
+}
+
+/** What became of the kernel's switches that the guest lists as such. */
+export interface SiteCounts {
+  readonly listed: number;
+  readonly relocated: number;
+  /** They have not trapped often enough, or not at all. */
+  readonly undecided: number;
+}
+
+export type Decided = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
+
+/** Compares what the tool did with the loads of the kernel at `base` with the guest's own list of them. */
+export function judgeSites(
+  sites: readonly SwitchSite[],
+  base: Gva,
+  decided: readonly Decided[],
+): { readonly counts: SiteCounts; readonly shortcomings: string[] } {
+  const byLoad = new Map<Gva, SwitchSite>();
+  for (const site of sites) {
+    for (const rva of [site.loadRva, site.byteLoadRva]) {
+      if (rva !== undefined) byLoad.set(base + BigInt(rva), site);
+    }
+  }
+  const relocated = new Set<string>();
+  const left = new Set<string>();
+  const shortcomings: string[] = [];
+  for (const event of decided) {
+    if (event.module !== undefined) continue;
+    const site = byLoad.get(event.site);
+    const isSwitch = site?.expected === 'relocatable';
+    if (event.type === 'relocated') {
+      if (isSwitch) relocated.add(site.name);
+      else
+        shortcomings.push(
+          `${site?.name ?? hex(event.site)} was relocated, and is none of the guest's switches`,
+        );
+    } else if (isSwitch) {
+      left.add(site.name);
+      shortcomings.push(`${site.name} was left alone: ${event.reason}`);
+    }
+  }
+  const listed = sites.filter(({ expected }) => expected === 'relocatable').length;
+  const decidedSites = new Set([...relocated, ...left]).size;
+  return {
+    counts: { listed, relocated: relocated.size, undecided: listed - decidedSites },
+    shortcomings,
+  };
 }
 
 type Violations = HostStatistics['violations'];

@@ -73,6 +73,7 @@ function summaryShape(options: { vcpus: number; seed: number; hooks: number }) {
     phases: { unhooked: PHASE, hooked: PHASE, relocated: PHASE },
     relocations: count,
     encoders: expect.any(Object),
+    sites: { listed: count, relocated: count, undecided: count },
     refused: expect.any(Object),
     staleEvents: count,
     cloakedReads: expect.any(Object),
@@ -161,7 +162,7 @@ describe('the demo', () => {
       module ? /\nthe lexer of .*, the same in every phase\n/ : /\nno real code ran .*`npm run binaries`/,
     );
     expect(command.stdout).toMatch(
-      /\n1 hook hidden, \d+ table loads? relocated \(inline \d+.*\); left alone: /,
+      /\n1 hook hidden, \d+ switch(es)? relocated \(inline \d+.*\); left alone: /,
     );
     expect(command.stdout).toMatch(
       /checksums right, [\d,]+ integrity sweeps? with 0 mismatches, identical after unload\n$/,

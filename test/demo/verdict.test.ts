@@ -1,14 +1,17 @@
 import { describe, expect, test } from 'vitest';
 import { phaseBetween } from '../../src/demo/phase.js';
 import {
+  type Decided,
   type GuestVerdict,
   guestShortcomings,
+  judgeSites,
   lateViolations,
   lexerShortcomings,
   type Relocated,
   type RelocatedPhase,
   speedShortcomings,
 } from '../../src/demo/verdict.js';
+import type { SwitchSite } from '../../src/guest/artefacts.js';
 import { type Counts, hostStatistics } from './statistics.js';
 
 const GOOD_GUEST: GuestVerdict = {
@@ -18,9 +21,13 @@ const GOOD_GUEST: GuestVerdict = {
   identicalAfterUnload: true,
 };
 
-/** One second with so many one-level switches, and a whole sweep. */
-function second(switches: number, sweeps = 2) {
-  const end = hostStatistics({ uptimeMs: 1000, switches: { 'one-level': switches }, sweeps });
+/** One second with so many switches of each form, and a whole sweep. */
+function second(switches: number, sweeps = 2, twoLevel = switches) {
+  const end = hostStatistics({
+    uptimeMs: 1000,
+    switches: { 'one-level': switches, 'two-level': twoLevel },
+    sweeps,
+  });
   return phaseBetween(hostStatistics({}), end);
 }
 
@@ -74,16 +81,62 @@ describe('the speed', () => {
     expect(speedShortcomings(GOOD_PHASES, 1)).toEqual([]);
     expect(speedShortcomings({ ...GOOD_PHASES, relocated: second(1999) }, 1)).toEqual([
       'one-level switches became 20.0 times as fast, not 20 times',
+      'two-level switches became 20.0 times as fast, not 20 times',
+    ]);
+    expect(speedShortcomings({ ...GOOD_PHASES, relocated: second(2000, 2, 1500) }, 1)).toEqual([
+      'two-level switches became 15.0 times as fast, not 20 times',
     ]);
   });
 
   test('of a guest that stood still in both phases is no speed', () => {
     const phases = { ...GOOD_PHASES, hooked: second(0), relocated: second(0) };
-    expect(speedShortcomings(phases, 1)).toHaveLength(1);
+    expect(speedShortcomings(phases, 1)).toHaveLength(2);
   });
 
   test('without a relocation is none of ours', () => {
     expect(speedShortcomings(GOOD_PHASES, 0)).toEqual(['no load was relocated']);
+  });
+});
+
+describe('the switches that the guest lists', () => {
+  const BASE = 0xfffff80000000000n;
+  const site = { name: 'one', loadRva: 0x1000, expected: 'relocatable' } as SwitchSite;
+  const sites: SwitchSite[] = [
+    site,
+    { ...site, name: 'two', loadRva: 0x2000, byteLoadRva: 0x1ff0 },
+    { ...site, name: 'fake', loadRva: 0x3000, expected: 'not-a-switch' },
+    { ...site, name: 'cold', loadRva: 0x4000 },
+  ];
+  const relocated = (rva: bigint) => ({ type: 'relocated', site: BASE + rva }) as Decided;
+  const refused = (rva: bigint, reason = 'no-slack') =>
+    ({ type: 'refused', site: BASE + rva, reason }) as Decided;
+  const judge = (...decided: Decided[]) => judgeSites(sites, BASE, decided);
+
+  test('are relocated, and what only looks like one is left alone', () => {
+    const decided = [relocated(0x1000n), relocated(0x2000n), refused(0x3000n), refused(0x9000n)];
+    expect(judge(...decided)).toEqual({
+      counts: { listed: 3, relocated: 2, undecided: 1 },
+      shortcomings: [],
+    });
+  });
+
+  test('are not left alone, by neither of their loads', () => {
+    expect(judge(refused(0x1000n), refused(0x1ff0n, 'in-use')).shortcomings).toEqual([
+      'one was left alone: no-slack',
+      'two was left alone: in-use',
+    ]);
+  });
+
+  test('are the only ones that are relocated', () => {
+    expect(judge(relocated(0x3000n), relocated(0x9000n)).shortcomings).toEqual([
+      "fake was relocated, and is none of the guest's switches",
+      "0xfffff80000009000 was relocated, and is none of the guest's switches",
+    ]);
+  });
+
+  test('are those of the kernel: what becomes of a module is not in the list', () => {
+    const decided = { ...refused(0x1000n), module: 'other.sys' } as Decided;
+    expect(judge(decided).shortcomings).toEqual([]);
   });
 });
 
