@@ -8,7 +8,7 @@ import type { Outcome, Replaced } from './replaced.js';
 /** How the blocks of a handler stand. */
 export interface Packing {
   readonly stride: Stride;
-  /** Block 0 stands at a multiple of it, so that no block crosses a boundary of it. */
+  /** Block 0 stands at a multiple of it; 1 where nothing is gained by more. */
   readonly alignment: number;
   /** Bytes in front of block 0. */
   readonly front: number;
@@ -32,8 +32,8 @@ export function spaced({ outcomes, site }: Replaced, stride: Stride): Packing | 
   if (Math.max(...lengths) > stride) return undefined;
   return {
     stride,
-    // No block crosses a boundary of what is fetched at once.
-    alignment: FETCHED % stride === 0 || stride % FETCHED === 0 ? stride : 1,
+    // No block crosses a boundary of what is fetched at once; for short ones that makes no difference.
+    alignment: stride % FETCHED === 0 ? FETCHED : 1,
     front: 0,
     size: (outcomes.length - 1) * stride + lengths.at(-1)!,
     write(code, blocks) {
@@ -96,7 +96,7 @@ export function shared({ outcomes, site }: Replaced, stride: 2 | 5 | 8): Packing
   if (isShort && !reaches) return undefined;
   return {
     stride,
-    alignment: stride === 8 ? stride : 1,
+    alignment: 1,
     front: 0,
     size,
     write(code, blocks) {
