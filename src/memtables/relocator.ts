@@ -130,10 +130,17 @@ export class Relocator {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
     const failed: Record<string, string> = {};
-    for (const { candidate, parts } of waysOf(plans, placer.freeBytes)) {
-      const handlers = this.#placeUnobstructed(parts, placer, mayWait);
+    // Nothing stands in the way of code that is reached from one instruction; the smallest of that is always allowed.
+    const possible = plans.filter(({ encoder }) => mayWait || encoder !== 'inline');
+    for (const plan of plans) {
+      if (plan.refused !== undefined || possible.includes(plan)) continue;
+      reason = IN_USE;
+      failed[plan.name] = reason;
+    }
+    for (const { candidate, parts } of waysOf(possible, placer.freeBytes)) {
+      const handlers = this.#placeUnobstructed(parts, placer);
       if (typeof handlers !== 'string') return { candidate, handlers, failed };
-      if (handlers === IN_USE && mayWait) return IN_USE;
+      if (handlers === IN_USE) return IN_USE;
       // What else is in the way says more than that there is no slack.
       if (handlers !== 'no-slack' || Object.keys(failed).length === 0) reason = handlers;
       failed[candidate.name] ??= reason;
@@ -141,15 +148,11 @@ export class Relocator {
     return reason;
   }
 
-  #placeUnobstructed(
-    parts: readonly HandlerLayout[],
-    placer: Placer,
-    mayWait: boolean,
-  ): readonly PlacedHandler[] | string {
+  #placeUnobstructed(parts: readonly HandlerLayout[], placer: Placer): readonly PlacedHandler[] | string {
     const handlers = placer.place(parts);
     if (typeof handlers === 'string') return handlers;
     try {
-      const obstacle = this.#obstacleTo(handlers, mayWait);
+      const obstacle = this.#obstacleTo(handlers);
       if (obstacle === undefined) return handlers;
       placer.release(handlers);
       return obstacle;
@@ -159,14 +162,14 @@ export class Relocator {
     }
   }
 
-  #obstacleTo(handlers: readonly PlacedHandler[], mayWait: boolean): string | undefined {
+  #obstacleTo(handlers: readonly PlacedHandler[]): string | undefined {
     const overlaps = handlers.some(
       ({ plan: { site } }) => this.redirections.overlapping(site.gva, site.bytes.length) !== undefined,
     );
     if (overlaps) return 'overlaps-hook';
     const divided = handlers.flatMap(({ plan: { site, interior } }) => (interior.length > 0 ? [site] : []));
     if (divided.length === 0) return undefined;
-    return mayWait && this.#areVacant(divided) ? undefined : IN_USE;
+    return this.#areVacant(divided) ? undefined : IN_USE;
   }
 
   /**

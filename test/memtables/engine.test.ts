@@ -129,7 +129,7 @@ describe('engine on the embedded guest', () => {
 
   test('a load that trapped exactly as often as the threshold says is not relocated yet', () => {
     const guest = EmbeddedGuest.boot({ seed: 15, vcpus: 1 });
-    // An inline one may have to wait, and more hits come meanwhile.
+    // Inline, one may have to wait for a thread to leave the site.
     const { engine, events } = guest.attach({ threshold: 20, handler: 'lean' });
     hookAll(guest, engine);
     engine.relocating = true;

@@ -64,7 +64,7 @@ describe('the switches of a driver are relocated, and the guest computes what it
 
   test('in its own slack, once that of NT is used up', () => {
     const driver = guestWithDriver({ seed: 82 });
-    // Of NT only: the driver was copied before.
+    // Not that of the driver, which was copied before.
     driver.guest.spoilSlack();
     const { engine, events, kernel } = driver.attach({ threshold: 2 });
     relocateAll(driver, engine, events, 5);

@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
-import { handlersOf, hookAll, relocations, serve } from './relocated-guest.js';
+import { handlerAt, handlersOf, hookAll, relocations, serve, stepInto } from './relocated-guest.js';
 
 /** Leaves this much slack at the end of .text, and none anywhere else. */
 function guestWithSlack(bytes: number) {
@@ -52,4 +52,26 @@ test('slack that somebody has used since is not written over, and what lies behi
   engine.unload();
   expect(guest.wrongStreams()).toEqual([]);
   expect(kernel.memory.readU8(used)).toBe(0x42);
+});
+
+test("once NT's slack is used up, its switches run in that of the HAL, and leave nothing there", () => {
+  const guest = EmbeddedGuest.boot({ seed: 53 });
+  guest.spoilSlack(['nt']);
+  const before = guest.image();
+  const { base, size } = guest.loaded.hal;
+  const isInHal = (gva: bigint) => gva >= base && gva < base + BigInt(size);
+  const { engine, events } = guest.attach({ threshold: 2 });
+  hookAll(guest, engine);
+  engine.relocating = true;
+  serve(guest.hypervisor, engine, () => relocations(events).length >= 20);
+  expect(handlersOf(events).every(({ gva }) => isInHal(gva))).toBe(true);
+  engine.relocating = false;
+  guest.stopTimer();
+  stepInto(guest, 0, (rip) => handlerAt(events, rip));
+  expect(isInHal(guest.machine.registers(0).rip)).toBe(true);
+  guest.startTimer();
+  engine.unload();
+  expect(guest.wrongStreams()).toEqual([]);
+  expect(guest.image()).toBe(before);
+  expect(engine.statistics().slack.free).toBe(engine.statistics().slack.bytes);
 });

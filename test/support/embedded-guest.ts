@@ -103,12 +103,14 @@ export class EmbeddedGuest {
   }
 
   /** Writes a byte to the end of the page behind each section, as anybody may: a tool finds no slack then. */
-  spoilSlack(): void {
-    for (const [image, base] of [
-      [this.artefacts.image, this.loaded.kernelBase],
-      [this.artefacts.hal, this.loaded.hal.base],
-    ] as const) {
-      for (const { rva, virtualSize } of PeImage.fromFile(image).sections) {
+  spoilSlack(names: readonly ('nt' | 'hal')[] = ['nt', 'hal']): void {
+    const { artefacts, loaded } = this;
+    const images = {
+      nt: { file: artefacts.image, base: loaded.kernelBase },
+      hal: { file: artefacts.hal, base: loaded.hal.base },
+    };
+    for (const { file, base } of names.map((name) => images[name])) {
+      for (const { rva, virtualSize } of PeImage.fromFile(file).sections) {
         const pageEnd = Math.ceil((rva + virtualSize) / PAGE_SIZE) * PAGE_SIZE;
         const gpa = this.loaded.translate(base + BigInt(pageEnd - 1));
         if (gpa !== undefined) this.machine.writePhysical(gpa, Buffer.from([1]));
