@@ -290,7 +290,7 @@ describe('a stop', () => {
     jumpTo(guest, 0, first);
     jumpTo(guest, 1, second);
     const { rip } = guest.machine.registers(1);
-    expect(rip >= guest.symbol('KiUnexpectedInterrupt') && rip < guest.symbol('WlPrint')).toBe(true);
+    expect(rip >= guest.symbol('KiUnexpectedInterrupt') && rip < guest.symbol('WlPrintHex')).toBe(true);
     expect(guest.report().bugCheck).toMatchObject({ rip: first });
   });
 });

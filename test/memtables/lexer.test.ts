@@ -112,7 +112,10 @@ if (module === undefined) {
         const areDecided = () =>
           outcomes(guest, module, events).every(({ outcome }) => outcome !== undefined);
         await serve(guest, engine, areDecided);
-        for (const { outcome } of outcomes(guest, module, events)) expect(outcome).toBe('relocated');
+        const [large, largest] = outcomes(guest, module, events);
+        expect(large!.outcome).toBe('relocated');
+        // The lexer nearly always stands in its switches here; what replaces one instruction is larger than any hole.
+        expect(largest!.outcome).toMatch(/^(relocated|no-slack)$/);
         await read(MEGABYTE / LEXER_PIECE_BYTES);
         engine.unload();
         expectNothingNoticed(guest);
