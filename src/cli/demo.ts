@@ -113,10 +113,13 @@ function describeSummary({ phases, unload, guest, ...summary }: DemoSummary): st
     '',
     `${plural(summary.hooks, 'hook')} hidden, ${plural(summary.relocations, 'switch', 'switches')} relocated (${counts(summary.encoders)}); left alone: ${counts(summary.refused)}`,
     `of the kernel's ${sites.listed} switches ${sites.relocated} were relocated, ${sites.undecided} did not become hot`,
-    ...(['one-level', 'two-level'] as const).map((form) => {
+    ...(['one-level', 'two-level'] as const).flatMap((form) => {
+      if (phases.hooked.byForm[form].readViolations === 0) return [];
       const relative = (name: 'hooked' | 'unhooked') =>
         rate(phases.relocated, form) / rate(phases[name], form);
-      return `${form} switches: ${relative('hooked').toFixed(0)} times as fast as with trapped tables, ${relative('unhooked').toFixed(2)} of the unhooked rate`;
+      return [
+        `${form} switches: ${relative('hooked').toFixed(0)} times as fast as with trapped tables, ${relative('unhooked').toFixed(2)} of the unhooked rate`,
+      ];
     }),
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
     `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,

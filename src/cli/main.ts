@@ -49,7 +49,7 @@ program
   .addOption(vcpus())
   .addOption(new Option('--seconds <n>', 'length of each phase').argParser(seconds).default(3))
   .addOption(seed())
-  .addOption(hook('default: six that trap most tables'))
+  .addOption(hook('default: those that trap most tables'))
   .addOption(handler())
   .addOption(library())
   .addOption(json())

@@ -209,10 +209,12 @@ async function measure(
       to: last.to.violations,
       end: afterUnload.violations,
     }),
-    // Which tables hooks of the user's own choice put on trapped pages is not for us to say.
-    ...(options.hooks === undefined ? speedShortcomings(phases, relocated.length) : []),
-    // One encoder alone cannot do every switch, or has not slack enough.
+    // One encoder alone cannot do every switch, or has not slack enough; and which tables hooks of the user's own choice
+    // put on trapped pages is not for us to say.
     ...(options.handler === 'auto' ? sites.shortcomings : []),
+    ...(options.handler === 'auto' && options.hooks === undefined
+      ? speedShortcomings(phases, relocated.length)
+      : []),
   ];
   return { summary, shortcomings: found };
 }
