@@ -91,7 +91,7 @@ export function planHandlers(
 }
 
 function waysOf(encoder: Encoder, proof: FoundSwitch, imageBase: Gva): HandlerPlanning[] {
-  const { table } = proof.byteTable ?? proof;
+  const { table } = replaceableByteTable(proof) ?? proof;
   switch (encoder) {
     case 'inline':
       return switchWays('inline', proof, imageBase, inlineLayout);
@@ -167,7 +167,8 @@ function worthwhile(plans: readonly HandlerPlanning[]): HandlerPlanning[] {
 
 /** A handler for both loads of a two-level switch where they stand together, otherwise one for each. */
 function leanWays(proof: FoundSwitch, imageBase: Gva): HandlerPlanning[] {
-  const { byteTable, isBranchTarget } = proof;
+  const { isBranchTarget } = proof;
+  const byteTable = replaceableByteTable(proof);
   const loads = loadsOf(proof, imageBase);
   const ways = (parts: readonly SwitchLoads[]) =>
     worthwhile(LEAN_PACKINGS.map((packing) => leanWay(packing, parts)));
@@ -205,7 +206,7 @@ function switchWays(
   imageBase: Gva,
   layOut: (whole: WholeSwitch, packing: SwitchPacking) => Layout,
 ): HandlerPlanning[] {
-  const { byteTable } = proof;
+  const byteTable = replaceableByteTable(proof);
   const whole = wholeSwitch(proof, byteTable, imageBase);
   // A handler for the byte load alone would have no guard.
   const mayBeDivided = byteTable !== undefined && encoder !== 'guarded';
@@ -227,7 +228,13 @@ function smallestLean(loads: SwitchLoads): Layout {
 
 function loadsOf(proof: FoundSwitch, imageBase: Gva): Load[] {
   const load = withTable(proof, imageBase);
-  return proof.byteTable === undefined ? [load] : [withTable(proof.byteTable, imageBase), load];
+  const byteTable = replaceableByteTable(proof);
+  return byteTable === undefined ? [load] : [withTable(byteTable, imageBase), load];
+}
+
+/** Absent where the byte load has to stay as it is. */
+function replaceableByteTable({ byteTable }: FoundSwitch): ByteTable | undefined {
+  return byteTable?.refused === undefined ? byteTable : undefined;
 }
 
 function withTable(part: FoundSwitch | ByteTable, imageBase: Gva): Load {

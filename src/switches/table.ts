@@ -42,7 +42,7 @@ export type Evidence =
   | 'guard'
   /** What follows the last entry is another table, or no entry of the function. */
   | 'neighbour'
-  /** The number of entries is a guess. */
+  /** The number of entries is a guess; of a two-level switch, of either table. */
   | 'none';
 
 /** One instruction of a switch. */
@@ -198,7 +198,7 @@ export class SwitchRecogniser {
       base: load.base,
       index: load.index,
       baseIsImageBase: true,
-      byteTable: byteLoad && this.byteTable(analysis, byteLoad, entries),
+      byteTable: byteLoad && this.byteTable(analysis, byteLoad, entries, evidence),
       back,
       add: { ...partOf(analysis, add), bytes: add.bytes },
       jmp: { ...partOf(analysis, jmp), retpoline: jmp.operands[0]?.kind === 'branch' },
@@ -233,12 +233,13 @@ export class SwitchRecogniser {
     };
   }
 
-  private byteTable(analysis: Analysis, load: TableLoad, dwords: number): ByteTable {
+  private byteTable(analysis: Analysis, load: TableLoad, dwords: number, evidence: Evidence): ByteTable {
     const known = analysis.byteEntries(load);
     const entries = known ?? byteTableEnd(this.image, analysis, load, dwords);
     const values = [...this.image.read(load.table, entries)];
     const refused =
-      known === undefined ? 'bound-not-proven' : this.whyByteLoadRefused(analysis, load, values, dwords);
+      this.whyByteLoadRefused(analysis, load, values, dwords) ??
+      (known === undefined && evidence !== 'none' ? 'bound-not-proven' : undefined);
     return {
       ...partOf(analysis, load.instruction),
       table: load.table,

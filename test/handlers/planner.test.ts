@@ -186,6 +186,23 @@ describe('a two-level switch', () => {
   });
 });
 
+describe('a two-level switch whose byte load has to stay as it is', () => {
+  const found = twoLevel({ refused: 'bound-not-proven' });
+  it.each([
+    ['together with it', found],
+    ['apart from it', { ...found, byteTable: { ...found.byteTable!, rva: 0xff0 } }],
+    ['behind a guard', { ...found, evidence: 'none' as const }],
+  ])('has handlers for its dword load only: %s', (_, site) => {
+    const replaced = ['auto', ...ENCODERS].flatMap((choice) =>
+      affordable(planHandlers(site, IMAGE_BASE, choice as HandlerChoice), Infinity).map(({ parts }) =>
+        parts.map(({ replaces }) => replaces),
+      ),
+    );
+    expect(replaced.length).toBeGreaterThan(0);
+    expect(replaced).toEqual(Array(replaced.length).fill([[IMAGE_BASE + 0x1000n]]));
+  });
+});
+
 describe('a table whose end is not proven', () => {
   const unproven = { ...proof(4), evidence: 'none' } as const;
   const two = { ...twoLevel(), evidence: 'none' } as const;

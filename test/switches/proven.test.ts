@@ -535,6 +535,34 @@ over: add [rax], al
     expect(prove(source, { load: 'first' })).toMatchObject(expected);
   });
 
+  describe('without a guard of the byte load', () => {
+    const code = TWO_LEVEL.replace('ja default', 'nop').replace('movzx', 'first: movzx');
+    const bytes = (source: string) => source.replace('table:', `${BYTES}\n.balign 4, 0xcc\ntable:`);
+
+    it('the byte load stays where only a guard of the dword load bounds anything', () => {
+      const guarded = code.replace('load: mov', 'cmp eax, 3\n ja default\nload: mov');
+      const source = bytes(withTable(guarded, { entries: 4 })).replace(
+        /other: .*/,
+        'other: .long case+1-image',
+      );
+      expect(prove(source)).toMatchObject({
+        ...{ found: true, evidence: 'guard', entries: 4 },
+        byteTable: { refused: 'bound-not-proven' },
+      });
+      expect(prove(source, { load: 'first' })).toMatchObject({ found: false, reason: 'bound-not-proven' });
+    });
+
+    it('both tables may be guesses', () => {
+      const source = bytes(withTable(code, { entries: 4 })).replace(/other: .*/, 'other: .long case+1-image');
+      const expected = { found: true, evidence: 'none', entries: 4, byteTable: { entries: 20 } };
+      for (const load of ['load', 'first']) {
+        const site = prove(source, { load });
+        expect(site).toMatchObject(expected);
+        expect(site.found && site.byteTable!.refused).toBeUndefined();
+      }
+    });
+  });
+
   it('a byte table in a writable section bounds nothing', () => {
     const source = `${withTable(TWO_LEVEL, { entries: 4 })}\n.balign 0x1000\ndata: ${BYTES}`;
     const sections = (flags: number) => [{ name: '.data', at: 'data', flags }];
