@@ -1,4 +1,5 @@
-import type { FunctionTable } from '../nt/pdata.js';
+import { MemtablesError } from '../errors.js';
+import type { FunctionTable, RuntimeFunction } from '../nt/pdata.js';
 import type { ImageBytes } from '../nt/pe.js';
 import { Disassembler, FlowControl, type Instruction, Mnemonic } from '../x86/instruction.js';
 import { rangeAt } from './functions.js';
@@ -11,6 +12,8 @@ const VOLATILE: GprMask = VOLATILE_GPRS.reduce((mask, gpr) => mask | (1 << gpr),
 /** Callers rely on what small functions leave alone; of larger ones, all is taken to change. */
 const MAX_FUNCTION_BYTES = 8192;
 const MAX_DEPTH = 16;
+/** Looking at a function costs as much as this many of its instructions. */
+const STEPS_PER_FUNCTION = 16;
 
 /**
  * Which volatile registers a function changes. By the convention it may change them all, but link-time optimisation
@@ -18,11 +21,15 @@ const MAX_DEPTH = 16;
  */
 export class Callees {
   private readonly known = new Map<number, GprMask>();
+  /** Enough to look at every byte of the image as an instruction: only code made to take long needs more. */
+  private steps: number;
 
   constructor(
     private readonly image: ImageBytes,
     private readonly functions: FunctionTable,
-  ) {}
+  ) {
+    this.steps = image.sizeOfImage;
+  }
 
   /** The registers that may have changed when a call of the function at `rva` returns. */
   changedBy(rva: number): GprMask {
@@ -42,6 +49,7 @@ export class Callees {
   private walk(start: number, depth: number): GprMask {
     const range = this.rangeOf(start);
     if (range === undefined || range.end - range.begin > MAX_FUNCTION_BYTES) return VOLATILE;
+    this.steps -= STEPS_PER_FUNCTION;
     const bytes = this.image.read(range.begin, range.end - range.begin);
     const disassembler = new Disassembler(bytes, BigInt(range.begin));
     try {
@@ -49,7 +57,7 @@ export class Callees {
       const pending = [start];
       let changed: GprMask = 0;
       for (let rva = pending.pop(); rva !== undefined; rva = pending.pop()) {
-        if ((changed & VOLATILE) === VOLATILE) return VOLATILE;
+        if ((changed & VOLATILE) === VOLATILE || --this.steps < 0) return VOLATILE;
         if (seen.has(rva)) continue;
         seen.add(rva);
         if (rangeAt([range], rva) === undefined) {
@@ -98,9 +106,19 @@ export class Callees {
     const section = this.image.sectionAt(rva);
     if (section?.executable !== true || section.writable) return undefined;
     const entry = this.functions.entryAt(rva);
-    if (entry !== undefined) return entry;
+    // Where an exception is handled, the function goes on with anything in its registers.
+    if (entry !== undefined) return this.handlesExceptions(entry) ? undefined : entry;
     const gap = this.functions.gapAround(rva, section.rva, section.rva + section.virtualSize);
     // A leaf function: it is short, whatever the size of the gap.
     return { begin: rva, end: Math.min(gap.end, rva + MAX_FUNCTION_BYTES) };
+  }
+
+  private handlesExceptions(entry: RuntimeFunction): boolean {
+    try {
+      return this.functions.unwindInfo(this.functions.primaryOf(entry)).handler !== undefined;
+    } catch (error) {
+      if (error instanceof MemtablesError) return true;
+      throw error;
+    }
   }
 }

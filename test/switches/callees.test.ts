@@ -3,7 +3,7 @@ import { DISPATCH, withTable } from './cases.js';
 import { prove } from './listing.js';
 
 /** ImageBase is in rdx before a call of `callee`, another function, and used behind it. */
-function proveAfterCallOf(callee: string, call = 'call callee') {
+function proveAfterCallOf(callee: string, call = 'call callee', handlers?: readonly string[]) {
   const source = withTable(`
       lea rdx, [rip+image]
       ${call}
@@ -15,7 +15,7 @@ function proveAfterCallOf(callee: string, call = 'call callee') {
     {
       functions: [
         { from: 'f', to: 'end' },
-        { from: 'callee', to: 'callee_end' },
+        { from: 'callee', to: 'callee_end', ...(handlers && { handlers }) },
       ],
     },
   );
@@ -53,6 +53,13 @@ describe('a volatile register that holds the base across a call', () => {
     ['one whose code is none', 'callee: .byte 0x06\n ret\ncallee_end:'],
   ])('is not proven behind %s', (_, callee) => {
     expect(proveAfterCallOf(callee)).toMatchObject({ found: false, reason: 'base-not-proven' });
+  });
+
+  it('is not proven behind one that may go on behind an exception', () => {
+    const callee = 'callee: mov eax, [rcx]\n ret\nexcept: xor edx, edx\n ret\ncallee_end:';
+    expect(proveAfterCallOf(callee)).toMatchObject({ found: true });
+    const handled = proveAfterCallOf(callee, 'call callee', ['except']);
+    expect(handled).toMatchObject({ found: false, reason: 'base-not-proven' });
   });
 
   it('is not proven behind a call through memory', () => {

@@ -85,6 +85,22 @@ describe('a scan ends', () => {
     scanImage(imageOf(bytes, []));
   });
 
+  it('of calls of every instruction of a long function', () => {
+    const callee = 256 * KB;
+    const long = Buffer.alloc(8 * KB - 1, 0x90);
+    const calls = repeated(callee - 64, (at) => {
+      const to = callee + ((at * 7) % (8 * KB));
+      return [0xe8, ...dword(to - at - 5 - 64)];
+    });
+    const unproven = Buffer.from([...load(CODE + 64), ...ADD_JMP, ...Array(48).fill(0xcc)]);
+    const code = Buffer.concat([unproven.subarray(0, 64), calls, long, Buffer.from([0xc3])]);
+    const functions = [
+      { begin: CODE, end: CODE + callee },
+      { begin: CODE + callee, end: CODE + code.length },
+    ];
+    expect(scanImage(imageOf(code, functions, 1 << 20))).toHaveLength(1);
+  });
+
   it('of a function that is too large, and says so', () => {
     const bytes = Buffer.concat([Buffer.from(load(CODE + 64)), Buffer.alloc(600 * KB, 0x90)]);
     for (const functions of ['all', []] as const) {
