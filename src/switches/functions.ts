@@ -70,7 +70,7 @@ function exceptionTargets(
   table: FunctionTable,
   fragments: readonly RuntimeFunction[],
 ): number[] {
-  const inside = (rva: number) => fragments.some(({ begin, end }) => rva >= begin && rva < end);
+  const inside = (rva: number) => rangeAt(fragments, rva) !== undefined;
   return fragments.flatMap((fragment) => {
     try {
       const { handler } = table.unwindInfo(fragment);

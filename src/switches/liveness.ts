@@ -1,4 +1,4 @@
-import { effectsOf, STATUS_FLAGS } from '../x86/effects.js';
+import { type Effects, effectsOf, STATUS_FLAGS } from '../x86/effects.js';
 import { FlowControl, type Instruction, Mnemonic } from '../x86/instruction.js';
 import { GPR_NAMES, type GprName } from '../x86/registers.js';
 import type { Analysis } from './analysis.js';
@@ -10,8 +10,10 @@ export interface Liveness {
   readonly flags: boolean;
 }
 
-/** A question that takes more instructions than this is answered with yes. */
+/** A case that takes more instructions than this is taken to need everything. */
 const MAX_STEPS = 4096;
+/** The same of all cases of a switch together: far more than real ones take. */
+const MAX_STEPS_OF_ALL = 1 << 18;
 /**
  * What a caller does not look at, if the function writes to it: rcx, r8 to r11 and the flags. Link-time optimisation
  * lets callers rely on volatile registers that a function leaves alone, but not on those that it writes to. Values are
@@ -26,47 +28,86 @@ const DEAD_AT_CALL = STATUS_FLAGS;
 
 /**
  * Which of `asked`, registers that the function writes to, and whether the flags may be read before they are
- * overwritten, on any way on from the instruction at `start`. All other registers count as read.
+ * overwritten, on any way on from the instruction at each of `starts`. All other registers count as read.
  *
  * @param casesOf the targets of the switch that ends with the jump at an address; `undefined` when they are not known
  */
 export function livenessAt(
   analysis: Analysis,
-  start: number,
+  starts: readonly number[],
   asked: readonly GprName[],
   casesOf: (jmp: number) => readonly number[] | undefined,
-): Liveness {
-  const { instructions, code } = analysis;
-  const handlers = code.leaf ? [] : code.roots.slice(1);
-  let live = 0;
-  let steps = 0;
-  const looked = new Map<number, number>();
-  /** What was asked for and is still there, by where control has come to. */
-  const pending: [rva: number, questions: number][] = [[start, maskOf(asked) | STATUS_FLAGS]];
-  for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
-    const [rva, all] = next;
-    const before = looked.get(rva) ?? 0;
-    const questions = all & ~before & ~live;
-    if (questions === 0) continue;
-    looked.set(rva, before | questions);
-    const instruction = instructions.get(rva);
-    if (instruction === undefined || ++steps > MAX_STEPS) {
-      live |= questions;
-      continue;
-    }
-    // An exception handler of the function finds the registers as they are at whichever instruction raises it.
-    for (const handler of handlers) pending.push([handler, questions & ~STATUS_FLAGS]);
-    const { reads, overwrites } = effectsOf(instruction);
-    live |= questions & reads;
-    const rest = questions & ~reads & ~overwrites;
-    const { targets, leaves } = waysOn(instruction, casesOf);
-    live |= rest & leaves;
-    for (const target of targets) pending.push([target, rest]);
+): Map<number, Liveness> {
+  const walk = new Walk(analysis, casesOf);
+  const questions = maskOf(asked) | STATUS_FLAGS;
+  return new Map(
+    starts.map((start) => {
+      const live = walk.from(start, questions);
+      const isLive = (name: GprName, gpr: number) => !asked.includes(name) || live & (1 << gpr);
+      return [start, { registers: new Set(GPR_NAMES.filter(isLive)), flags: (live & STATUS_FLAGS) !== 0 }];
+    }),
+  );
+}
+
+class Walk {
+  private readonly handlers: readonly number[];
+  private readonly effects = new Map<Instruction, Effects>();
+  private stepsOfAll = 0;
+
+  constructor(
+    private readonly analysis: Analysis,
+    private readonly casesOf: (jmp: number) => readonly number[] | undefined,
+  ) {
+    const { code } = analysis;
+    this.handlers = code.leaf ? [] : code.roots.slice(1);
   }
-  return {
-    registers: new Set(GPR_NAMES.filter((name, gpr) => !asked.includes(name) || live & (1 << gpr))),
-    flags: (live & STATUS_FLAGS) !== 0,
-  };
+
+  /** What of `asked` may be read. */
+  from(start: number, asked: number): number {
+    let live = 0;
+    let raised = 0;
+    let steps = 0;
+    const looked = new Map<number, number>();
+    /** What was asked for and is still there, by where control has come to. */
+    const pending: [rva: number, questions: number][] = [[start, asked]];
+    const goOn = (targets: readonly number[], questions: number) => {
+      this.stepsOfAll += targets.length;
+      for (const target of targets) pending.push([target, questions]);
+    };
+    for (let next = pending.pop(); next !== undefined; next = pending.pop()) {
+      const [rva, all] = next;
+      const before = looked.get(rva) ?? 0;
+      const questions = all & ~before & ~live;
+      if (questions === 0) continue;
+      looked.set(rva, before | questions);
+      const instruction = this.analysis.instructions.get(rva);
+      if (++steps > MAX_STEPS || this.stepsOfAll > MAX_STEPS_OF_ALL) return asked;
+      if (instruction === undefined) {
+        live |= questions;
+        continue;
+      }
+      // An exception handler of the function finds the registers as they are at whichever instruction raises it.
+      const unraised = questions & ~STATUS_FLAGS & ~raised;
+      if (unraised !== 0) goOn(this.handlers, unraised);
+      raised |= unraised;
+      const { reads, overwrites } = this.effectsOf(instruction);
+      live |= questions & reads;
+      const rest = questions & ~reads & ~overwrites;
+      const { targets, leaves } = waysOn(instruction, this.casesOf);
+      live |= rest & leaves;
+      if (rest !== 0) goOn(targets, rest);
+    }
+    return live;
+  }
+
+  private effectsOf(instruction: Instruction): Effects {
+    let effects = this.effects.get(instruction);
+    if (effects === undefined) {
+      effects = effectsOf(instruction);
+      this.effects.set(instruction, effects);
+    }
+    return effects;
+  }
 }
 
 interface WaysOn {

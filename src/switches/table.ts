@@ -215,22 +215,36 @@ export class SwitchRecogniser {
     const site = this.judge(analysis, rva) as FoundSwitch;
     const written = [site.destination, site.byteTable?.destination].filter((name) => name !== undefined);
     const cases = [...new Set(site.values)].filter((entry) => analysis.instructions.has(entry));
-    const casesOf = this.casesIn(analysis);
-    return new Map(cases.map((entry) => [entry, livenessAt(analysis, entry, written, casesOf)]));
+    return livenessAt(analysis, cases, written, this.casesIn(analysis));
   }
 
   /** Where the switches of a function lead, by the address of their jump. */
   private casesIn(analysis: Analysis): (jmp: number) => readonly number[] | undefined {
+    const loads = new Map<number, number[]>();
+    for (const { rva } of analysis.dispatchedLoads()) {
+      const jmp = Number(analysis.dispatches.get(rva)!.jmp!.ip);
+      const others = loads.get(jmp);
+      if (others === undefined) loads.set(jmp, [rva]);
+      else others.push(rva);
+    }
+    const cases = new Map<number, readonly number[] | undefined>();
     return (jmp) => {
-      const loads = analysis
-        .dispatchedLoads()
-        .filter(({ rva }) => Number(analysis.dispatches.get(rva)!.jmp!.ip) === jmp);
-      const sites = loads.map(({ rva }) => this.judge(analysis, rva));
-      const known = sites.flatMap((site) => (site.found && site.evidence !== 'none' ? [site] : []));
-      return known.length === 0 || known.length < sites.length
-        ? undefined
-        : known.flatMap(({ values }) => values);
+      const own = loads.get(jmp);
+      if (own === undefined) return undefined;
+      if (!cases.has(jmp)) cases.set(jmp, this.casesOf(analysis, own));
+      return cases.get(jmp);
     };
+  }
+
+  /** `undefined` unless the tables of all `loads` are known. */
+  private casesOf(analysis: Analysis, loads: readonly number[]): readonly number[] | undefined {
+    const cases = new Set<number>();
+    for (const rva of loads) {
+      const site = this.judge(analysis, rva);
+      if (!site.found || site.evidence === 'none') return undefined;
+      for (const entry of site.values) cases.add(entry);
+    }
+    return [...cases];
   }
 
   private byteTable(analysis: Analysis, load: TableLoad, dwords: number, evidence: Evidence): ByteTable {

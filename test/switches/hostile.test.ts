@@ -85,6 +85,27 @@ describe('a scan ends', () => {
     scanImage(imageOf(bytes, []));
   });
 
+  it('of what the cases of a switch need, where each leads through all the others', () => {
+    const cases = 8192;
+    const head = [0x3d, ...dword(cases - 1), 0x0f, 0x87]; // cmp eax, cases - 1; ja
+    const first = head.length + 4 + 2 + 7 + 7 + ADD_JMP.length;
+    const table = first + cases * 2 + 3;
+    const code = Buffer.from([
+      ...[...head, ...dword(first - head.length - 4), 0x89, 0xc0], // mov eax, eax
+      ...[...lea(head.length + 6), ...load(CODE + table), ...ADD_JMP],
+      ...Array.from({ length: cases }, () => [0x66, 0x90]).flat(),
+      ...[0xc3, 0xcc, 0xcc],
+      ...Array.from({ length: cases }, (_, n) => dword(CODE + first + (cases - 1 - n) * 2)).flat(),
+    ]);
+    const [site] = scanImage(imageOf(code));
+    if (!site?.found) throw new Error('there is no switch');
+    expect(site.entries).toBe(cases);
+    const { liveAtCases } = site;
+    const needing = (flags: boolean) => [...liveAtCases.values()].filter((live) => live.flags === flags);
+    expect(needing(false).length).toBeGreaterThan(0);
+    expect(needing(true).length).toBeGreaterThan(cases / 2);
+  });
+
   it('of calls of every instruction of a long function', () => {
     const callee = 256 * KB;
     const long = Buffer.alloc(8 * KB - 1, 0x90);

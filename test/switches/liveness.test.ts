@@ -2,7 +2,7 @@ import fc from 'fast-check';
 import { afterAll, describe, expect, it } from 'vitest';
 import { functionAt } from '../../src/switches/functions.js';
 import { analyse } from '../../src/switches/interpreter.js';
-import { livenessAt } from '../../src/switches/liveness.js';
+import { type Liveness, livenessAt } from '../../src/switches/liveness.js';
 import { SwitchRecogniser } from '../../src/switches/table.js';
 import type { GprName, Registers } from '../../src/x86/registers.js';
 import { createFlatMachine, KERNEL_BASE } from '../machine/support.js';
@@ -143,7 +143,7 @@ function run({ code, rva }: Listing, at: number, registers: Partial<Registers>, 
 const seen = { deadRegisters: 0, deadFlags: 0, ends: 0 };
 
 /** Other contents of what is dead at `at` must not show. */
-function check(listing: Listing, at: number, live: ReturnType<typeof livenessAt>, begin: Start): void {
+function check(listing: Listing, at: number, live: Liveness, begin: Start): void {
   const dead = ASKED.filter((name) => !live.registers.has(name));
   const { registers, others, flags, frame } = begin;
   const one: Partial<Registers> = { rflags: 2n };
@@ -171,9 +171,8 @@ describe('random functions, executed', () => {
         const code = functionAt(listing.image, listing.functions, listing.rva('f'))!;
         const analysis = analyse(listing.image, code);
         if (analysis.outcome !== 'complete') return;
-        for (let n = 0; n < made.statements; n++) {
-          const at = listing.rva(`s${n}`);
-          const live = livenessAt(analysis, at, ASKED, () => undefined);
+        const starting = Array.from({ length: made.statements }, (_, n) => listing.rva(`s${n}`));
+        for (const [at, live] of livenessAt(analysis, starting, ASKED, () => undefined)) {
           for (const begin of starts) check(listing, at, live, begin);
         }
       }),
