@@ -5,30 +5,35 @@ import { rangeAt } from './functions.js';
 
 export interface TableEnd {
   readonly entries: number;
-  /** What follows the last entry belongs to something else; otherwise `entries` is a guess. */
+  /** What follows the last entry is another table, or leads to no code; otherwise `entries` is a guess. */
   readonly definite: boolean;
 }
 
 /**
  * The entries of `load`'s dword table, if the index is left out of account: dwords that are 0 or where an instruction
- * of the function begins, up to another table, code, or a dword that leads out of the function.
+ * of the function begins, up to another table, code, or any other dword.
  */
 export function dwordTableEnd(image: ImageBytes, analysis: Analysis, { table }: TableLoad): TableEnd {
   const view = readEntries(image, table, Math.floor(roomAt(image, analysis, table) / DWORD));
   const most = view.byteLength / DWORD;
   let entries = 0;
   let cases = 0;
-  let definite = most < MAX_ENTRIES;
   for (; entries < most; entries++) {
     const entry = view.getUint32(entries * DWORD, true);
     if (entry === 0) continue; // an unreachable case
-    if (analysis.isInstruction(entry)) cases++;
-    else {
-      definite = rangeAt(analysis.code.ranges, entry) === undefined;
-      break;
-    }
+    if (!analysis.isInstruction(entry)) break;
+    cases++;
   }
-  return { entries: cases === 0 ? 0 : entries, definite };
+  if (cases === 0) return { entries: 0, definite: false };
+  const end = table + entries * DWORD;
+  const definite = entries < MAX_ENTRIES && (analysis.nextTable(end) === end || !leadsToCode(image, end));
+  return { entries, definite };
+}
+
+/** What lies at `rva` might be an entry: of a case that was moved away from its function, say. */
+function leadsToCode(image: ImageBytes, rva: number): boolean {
+  const view = readEntries(image, rva, 1);
+  return view.byteLength > 0 && image.sectionAt(view.getUint32(0, true))?.executable === true;
 }
 
 /** The length of the byte table of `load`, whose bytes are indices of `dwords` dwords. */

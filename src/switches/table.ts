@@ -40,7 +40,7 @@ export type RefusalReason =
 export type Evidence =
   /** A compare, a mask or its type bounds the index on every way to the load. */
   | 'guard'
-  /** What follows the last entry is another table, or no entry of the function. */
+  /** What follows the last entry is another table, or leads to no code. */
   | 'neighbour'
   /** The number of entries is a guess; of a two-level switch, of either table. */
   | 'none';

@@ -23,7 +23,6 @@ const behind = (what: string) => withTable(UNGUARDED).replace(/other: .*/, `othe
 describe('a table that no guard bounds', () => {
   it.each([
     ['a dword that leads out of the function', behind('.long 0x7fffffff')],
-    ['a dword that leads to another function', `${behind('.long stranger-image')}\nstranger: ret`],
     ['the end of the function', behind('')],
     ['code', behind('ret\n.balign 8\n').replace('case: inc ebx', 'case: jmp other')],
     [
@@ -62,8 +61,15 @@ end:`;
     expect(site).toMatchObject({ found: true, evidence: 'neighbour', entries: 5 });
   });
 
-  it('is a guess where the next dword leads into an instruction', () => {
-    expect(prove(behind('.long case+1-image'))).toMatchObject({ found: true, evidence: 'none', entries: 5 });
+  it.each([
+    ['into an instruction', behind('.long case+1-image')],
+    ['to other code, where one of its cases may be', `${behind('.long stranger-image')}\nstranger: ret`],
+    [
+      'to code, though it seems to be an instruction itself',
+      behind('.long stranger-image\nstranger: ret').replace('case: inc ebx', 'case: jmp other'),
+    ],
+  ])('is a guess where the next dword leads %s', (_, source) => {
+    expect(prove(source)).toMatchObject({ found: true, evidence: 'none', entries: 5 });
   });
 
   it('is none where its first entry is none', () => {
