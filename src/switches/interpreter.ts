@@ -18,7 +18,7 @@ import {
   rangeAt,
   START_ALIGNMENT,
 } from './functions.js';
-import { byteTableEnd, dwordTableEnd, roomAt } from './neighbours.js';
+import { byteTableEnd, dwordTableEnd, isNonNegative, roomAt } from './neighbours.js';
 import { type Origin, State, type View } from './state.js';
 import { oppositeRelation, relationOf, step, stepCall, type TableReader } from './transfer.js';
 import { Worklist } from './worklist.js';
@@ -164,7 +164,7 @@ class Interpreter implements TableReader {
     this.spend(entries);
     if (!definite || entries === 0 || entries > load.maxIndex) return;
     this.neighbours.set(load.table, entries);
-    if (byteLoad === undefined) return;
+    if (byteLoad === undefined || !isNonNegative(byteLoad)) return;
     const bytes = byteTableEnd(this.image, this.analysis, byteLoad, entries);
     this.spend(bytes);
     if (bytes > 0) this.neighbours.set(byteLoad.table, bytes);

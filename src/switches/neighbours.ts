@@ -13,7 +13,8 @@ export interface TableEnd {
  * The entries of `load`'s dword table, if the index is left out of account: dwords that are 0 or where an instruction
  * of the function begins, up to another table, code, or any other dword.
  */
-export function dwordTableEnd(image: ImageBytes, analysis: Analysis, { table }: TableLoad): TableEnd {
+export function dwordTableEnd(image: ImageBytes, analysis: Analysis, load: TableLoad): TableEnd {
+  const { table } = load;
   const view = readEntries(image, table, Math.floor(roomAt(image, analysis, table) / DWORD));
   const most = view.byteLength / DWORD;
   let entries = 0;
@@ -26,8 +27,13 @@ export function dwordTableEnd(image: ImageBytes, analysis: Analysis, { table }: 
   }
   if (cases === 0) return { entries: 0, definite: false };
   const end = table + entries * DWORD;
-  const definite = entries < MAX_ENTRIES && (analysis.nextTable(end) === end || !leadsToCode(image, end));
-  return { entries, definite };
+  const ends = entries < MAX_ENTRIES && (analysis.nextTable(end) === end || !leadsToCode(image, end));
+  return { entries, definite: ends && (isNonNegative(load) || !leadsToCode(image, table - DWORD)) };
+}
+
+/** Otherwise the table may begin before what the load names: of a `case -1`, the compiler adds the 1 to that. */
+export function isNonNegative({ maxIndex }: TableLoad): boolean {
+  return Number.isFinite(maxIndex);
 }
 
 /** What lies at `rva` might be an entry: of a case that was moved away from its function, say. */

@@ -329,7 +329,10 @@ export class SwitchRecogniser {
       return { entries: maxIndex + 1, evidence: byNeighbour ? 'neighbour' : 'guard' };
     }
     const neighbour = analysis.neighbours.get(table);
-    if (neighbour !== undefined) return { entries: neighbour, evidence: 'neighbour' };
+    if (neighbour !== undefined) {
+      const bothEnd = byteLoad === undefined || analysis.byteEntries(byteLoad) !== undefined;
+      return { entries: neighbour, evidence: bothEnd ? 'neighbour' : 'none' };
+    }
     const { entries } = dwordTableEnd(this.image, analysis, load);
     return entries > 0 ? { entries, evidence: 'none' } : wrong;
   }

@@ -72,6 +72,15 @@ end:`;
     expect(prove(source)).toMatchObject({ found: true, evidence: 'none', entries: 5 });
   });
 
+  it('is a guess where a negative index may reach a case in front of it', () => {
+    const source = behind('int3')
+      .replace('lea rdx', 'movsxd rax, eax\n lea rdx')
+      .replace('table: .rept', '.long case-image\ntable: .rept');
+    expect(prove(source)).toMatchObject({ evidence: 'none', entries: 5 });
+    const first = source.replace('.long case-image\n', '.long 0xcccccccc\n');
+    expect(prove(first)).toMatchObject({ evidence: 'neighbour', entries: 5 });
+  });
+
   it('is none where its first entry is none', () => {
     const source = behind('').replace('table: .rept', 'table: .long 0x7fffffff\n.rept');
     expect(prove(source)).toMatchObject({ found: false, reason: 'bound-not-proven' });
@@ -153,9 +162,9 @@ if (!paths.every(existsSync)) {
           }
         }
       });
-      expect(found.neighbour).toBeGreaterThan(125);
+      expect(found.neighbour).toBeGreaterThan(85);
       expect(found.same / found.neighbour).toBeGreaterThanOrEqual(0.999);
-      expect(found.guess).toBeLessThan(10);
+      expect(found.guess).toBeLessThan(50);
     });
   });
 }

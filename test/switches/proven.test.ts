@@ -552,6 +552,13 @@ over: add [rax], al
       expect(prove(source, { load: 'first' })).toMatchObject({ found: false, reason: 'bound-not-proven' });
     });
 
+    it('a negative index may reach bytes in front of those that are known', () => {
+      const signed = code.replace('first:', 'movsxd rcx, ecx\nfirst:');
+      const source = bytes(withTable(signed, { entries: 4 })).replace(/other: .*/, 'other: int3');
+      const site = prove(source, { load: 'first' });
+      expect(site).toMatchObject({ found: true, evidence: 'none', entries: 4, byteTable: { entries: 20 } });
+    });
+
     it('both tables may be guesses', () => {
       const source = bytes(withTable(code, { entries: 4 })).replace(/other: .*/, 'other: .long case+1-image');
       const expected = { found: true, evidence: 'none', entries: 4, byteTable: { entries: 20 } };
