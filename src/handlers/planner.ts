@@ -125,20 +125,13 @@ export function affordable(plans: readonly HandlerPlanning[], freeSlack: number)
   return candidates.filter(({ encoder, size }) => encoder === 'seed' || size <= most);
 }
 
-/**
- * Why no handler faster than `taken` was taken, by name.
- *
- * @param unreachable those for which there was slack, but too far away
- */
+/** Why no handler faster than `taken` was taken, by name: as far as that was known before a place was looked for. */
 export function passedOver(
   plans: readonly HandlerPlanning[],
   taken: Candidate,
-  unreachable: readonly HandlerPlanning[] = [],
 ): Record<string, HandlerRefusal | 'too-little-slack'> {
   const faster = plans.slice(0, plans.indexOf(taken));
-  const reason = (plan: HandlerPlanning) =>
-    plan.refused ?? (unreachable.includes(plan) ? 'jump-out-of-range' : 'too-little-slack');
-  return Object.fromEntries(faster.map((plan) => [plan.name, reason(plan)]));
+  return Object.fromEntries(faster.map(({ name, refused }) => [name, refused ?? 'too-little-slack']));
 }
 
 function isCandidate(plan: HandlerPlanning): plan is Candidate {

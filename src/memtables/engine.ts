@@ -14,11 +14,17 @@ import { Monitor } from './monitor.js';
 import { type CodeChange, Patcher } from './patcher.js';
 import { Recognisers } from './recognisers.js';
 import { type Redirection, Redirections } from './redirections.js';
-import { Relocator } from './relocator.js';
+import { type Outcome, type Prepared, Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
 import { ignore, SiteTable } from './sites.js';
 import { UnloadedModules } from './unloaded-modules.js';
 import { Unloader } from './unloader.js';
+
+/**
+ * How many switches are relocated while the guest is paused once. To look at all of its threads takes longer than to
+ * relocate one of them.
+ */
+const MOST_AT_ONCE = 16;
 
 export interface EngineOptions {
   /** A load is relocated once it has trapped more often than this. */
@@ -142,7 +148,7 @@ export class Engine {
 
   /**
    * The work step: deals with the guest's writes to hidden bytes and with modules that it has unloaded, and relocates
-   * the next hot load. To be called between two listens, for as long as there is work.
+   * the next hot loads. To be called between two listens, for as long as there is work.
    *
    * @throws MemtablesError of the hypervisor; the change under way has been taken back then
    */
@@ -150,23 +156,51 @@ export class Engine {
     if (!this.hasWork) return;
     if (this.#images.isRefreshDue) this.#images.refresh();
     const hasLost = this.#unloadedModules.isCheckDue && this.#unloadedModules.hasLost();
-    const site = this.#monitor.takeSite();
-    const prepared = site && this.#relocator.prepare(site);
-    const isReady = prepared !== undefined && !('type' in prepared);
-    // The guest need not be paused for it.
-    if (prepared !== undefined && !isReady) this.#options.report(prepared);
-    if (!isReady && !hasLost && !this.#monitor.hasWrites && !this.#unloader.hasWork) return;
-    const outcome = whileQuiescent(this.#hypervisor, () => {
-      this.#yieldToGuest();
-      this.#unloader.disableRetired();
-      this.#unloader.removeDisabled();
-      return isReady ? this.#relocator.relocate(prepared) : undefined;
-    });
-    if (outcome === 'in-use') this.#monitor.postpone(site!);
-    else if (outcome !== undefined) {
-      this.#options.report(outcome);
+    const batch = this.#prepareBatch();
+    if (batch.length === 0 && !hasLost && !this.#monitor.hasWrites && !this.#unloader.hasWork) return;
+    const outcomes: Outcome[] = [];
+    try {
+      whileQuiescent(this.#hypervisor, () => {
+        this.#yieldToGuest();
+        this.#unloader.disableRetired();
+        this.#unloader.removeDisabled();
+        this.#relocate(batch, outcomes);
+      });
+    } finally {
+      for (const outcome of outcomes) this.#options.report(outcome);
+      // What something has failed before.
+      for (const { hot } of batch) this.#monitor.postpone(hot);
+    }
+    for (const outcome of outcomes) {
       if (outcome.type === 'relocated') this.#planAhead(outcome.handlers);
     }
+  }
+
+  /** Takes out of `batch` what it has dealt with, also when it throws. For a quiescent guest. */
+  #relocate(batch: Prepared[], outcomes: Outcome[]): void {
+    const vacancy = this.#relocator.vacancyFor(batch);
+    for (let next = batch.shift(); next !== undefined; next = batch.shift()) {
+      const { hot } = next;
+      // Both loads of a switch may be hot.
+      if (hot.state !== 'queued') continue;
+      const outcome = this.#relocator.relocate(next, vacancy);
+      if (outcome === 'in-use') this.#monitor.postpone(hot);
+      else outcomes.push(outcome);
+    }
+  }
+
+  /** What is to be relocated next. The guest need not be paused for it, and is answered in between. */
+  #prepareBatch(): Prepared[] {
+    const batch: Prepared[] = [];
+    while (batch.length < MOST_AT_ONCE) {
+      const site = this.#monitor.takeSite();
+      if (site === undefined) break;
+      if (batch.length > 0) this.#hypervisor.listen(0);
+      const prepared = this.#relocator.prepare(site);
+      if ('type' in prepared) this.#options.report(prepared);
+      else batch.push(prepared);
+    }
+    return batch;
   }
 
   /**

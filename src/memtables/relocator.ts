@@ -1,4 +1,4 @@
-import type { HandlerLayout, Patch } from '../handlers/plan.js';
+import type { HandlerLayout } from '../handlers/plan.js';
 import {
   affordable,
   type Candidate,
@@ -9,21 +9,22 @@ import {
 } from '../handlers/planner.js';
 import { type KernelImage, NT } from '../nt/kernel-image.js';
 import type { KernelImages } from '../nt/kernel-images.js';
+import type { LiveRange } from '../safety/ranges.js';
 import { instabilityOf } from '../slack/regions.js';
 import type { SlackOfImages } from '../slack/slack-of-images.js';
 import { functionAt } from '../switches/functions.js';
 import type { FoundSwitch } from '../switches/table.js';
 import { type Gva, hex } from '../vmi/address.js';
 import type { Hypervisor } from '../vmi/hypervisor.js';
-import { occupantsOf } from './obstacles.js';
 import { type PlacedHandler, Placer } from './placer.js';
 import type { Recognisers } from './recognisers.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
 import { ignore, type Site, type SiteTable } from './sites.js';
 import { tablesOf } from './tables.js';
+import { Vacancy } from './vacancy.js';
 
-type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
+export type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
 /** Something stands inside the code to be replaced; it may be gone when the guest has run on. */
 const IN_USE = 'in-use';
@@ -82,17 +83,22 @@ export class Relocator {
     return { hot, image, proof, loads, plans: planHandlers(proof, image.base, this.handler) };
   }
 
+  /** What has to be known of the threads when these switches are relocated, while the guest is quiescent once. */
+  vacancyFor(batch: readonly Prepared[]): Vacancy {
+    return new Vacancy(this.hypervisor, this.images.nt, batch.flatMap(spanOf));
+  }
+
   /**
    * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again. For
    * a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
-  relocate(prepared: Prepared): Outcome | typeof IN_USE {
+  relocate(prepared: Prepared, vacancy: Vacancy): Outcome | typeof IN_USE {
     const { hot, image, proof, loads, plans } = prepared;
     if (!this.#isUnchanged(image, proof)) return refuse(loads, 'code-has-changed', image);
     const mayWait = hot.tries < MOST_TRIES;
-    const placed = this.#place(plans, new Placer(this.slack.for(image)), mayWait);
+    const placed = this.#place(plans, new Placer(this.slack.for(image)), vacancy, mayWait);
     if (placed === IN_USE && mayWait) {
       hot.tries++;
       return IN_USE;
@@ -126,7 +132,12 @@ export class Relocator {
   }
 
   /** The fastest handlers for which there is slack, with their places; otherwise the reason why there are none. */
-  #place(plans: readonly HandlerPlanning[], placer: Placer, mayWait: boolean): Placed | string {
+  #place(
+    plans: readonly HandlerPlanning[],
+    placer: Placer,
+    vacancy: Vacancy,
+    mayWait: boolean,
+  ): Placed | string {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
     const failed: Record<string, string> = {};
@@ -138,21 +149,25 @@ export class Relocator {
       failed[plan.name] = reason;
     }
     for (const { candidate, parts } of waysOf(possible, placer.freeBytes)) {
-      const handlers = this.#placeUnobstructed(parts, placer);
+      const handlers = this.#placeUnobstructed(parts, placer, vacancy);
       if (typeof handlers !== 'string') return { candidate, handlers, failed };
       if (handlers === IN_USE) return IN_USE;
       // What else is in the way says more than that there is no slack.
       if (handlers !== 'no-slack' || Object.keys(failed).length === 0) reason = handlers;
-      failed[candidate.name] ??= reason;
+      failed[candidate.name] ??= handlers;
     }
     return reason;
   }
 
-  #placeUnobstructed(parts: readonly HandlerLayout[], placer: Placer): readonly PlacedHandler[] | string {
+  #placeUnobstructed(
+    parts: readonly HandlerLayout[],
+    placer: Placer,
+    vacancy: Vacancy,
+  ): readonly PlacedHandler[] | string {
     const handlers = placer.place(parts);
     if (typeof handlers === 'string') return handlers;
     try {
-      const obstacle = this.#obstacleTo(handlers);
+      const obstacle = this.#obstacleTo(handlers, vacancy);
       if (obstacle === undefined) return handlers;
       placer.release(handlers);
       return obstacle;
@@ -162,29 +177,14 @@ export class Relocator {
     }
   }
 
-  #obstacleTo(handlers: readonly PlacedHandler[]): string | undefined {
+  #obstacleTo(handlers: readonly PlacedHandler[], vacancy: Vacancy): string | undefined {
     const overlaps = handlers.some(
       ({ plan: { site } }) => this.redirections.overlapping(site.gva, site.bytes.length) !== undefined,
     );
     if (overlaps) return 'overlaps-hook';
     const divided = handlers.flatMap(({ plan: { site, interior } }) => (interior.length > 0 ? [site] : []));
-    if (divided.length === 0) return undefined;
-    return this.#areVacant(divided) ? undefined : IN_USE;
-  }
-
-  /**
-   * Whether nothing stands inside of what several instructions are now. A vCPU must not stand at the first one either:
-   * should it be about to complete that, it would go on in the middle of the new code.
-   */
-  #areVacant(sites: readonly Patch[]): boolean {
-    const ranges = sites.map(({ gva, bytes }) => ({
-      start: gva,
-      end: gva + BigInt(bytes.length),
-      owner: '',
-    }));
-    const { findings, unsettled } = occupantsOf(this.hypervisor, this.images.nt, ranges);
-    const inside = findings.filter(({ kind, value, range }) => kind === 'vcpu-rip' || value !== range.start);
-    return inside.length === 0 && unsettled.length === 0;
+    const canBeReplaced = divided.every(({ gva, bytes }) => vacancy.isVacant(gva, bytes.length));
+    return canBeReplaced ? undefined : IN_USE;
   }
 
   #install({ hot, image, proof, loads, plans }: Prepared, { candidate, handlers, failed }: Placed): Outcome {
@@ -234,6 +234,15 @@ export class Relocator {
 function instabilityAt({ image }: KernelImage, rva: number): string | undefined {
   const section = image.sectionAt(rva);
   return section === undefined ? 'outside-sections' : instabilityOf(section);
+}
+
+/** What a handler may replace of a switch, where that can be more than one instruction. */
+function spanOf({ image, proof }: Prepared): LiveRange[] {
+  const { rva, byteTable, jmp, adjacent } = proof;
+  if (!adjacent) return [];
+  const isTogether = byteTable !== undefined && byteTable.rva + byteTable.length === rva;
+  const begin = isTogether ? byteTable.rva : rva;
+  return [{ start: image.gva(begin), end: image.gva(jmp.rva + jmp.length), owner: '' }];
 }
 
 /** Where no handlers for the whole switch fit, one of its two loads less is a gain, too. */

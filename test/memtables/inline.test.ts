@@ -4,6 +4,7 @@ import { planHandlers } from '../../src/handlers/planner.js';
 import type { Handler } from '../../src/memtables/report.js';
 import type { Kernel } from '../../src/nt/kernel.js';
 import { FunctionTable } from '../../src/nt/pdata.js';
+import { scanGuest } from '../../src/safety/scan.js';
 import { SwitchRecogniser } from '../../src/switches/table.js';
 import { gfnOf } from '../../src/vmi/address.js';
 import { EmbeddedGuest } from '../support/embedded-guest.js';
@@ -16,6 +17,7 @@ import {
   preemptAt,
   relocatedGuest,
   relocations,
+  runSwitches,
   serve,
   stepInto,
   stepOnce,
@@ -150,6 +152,30 @@ describe('several instructions are replaced only when nothing stands among them'
   });
 });
 
+test('one look at all threads is enough for many switches: the guest stands still for as long', () => {
+  const { guest, before, engine, kernel, events } = hotGuest('inline');
+  const processes = kernel.memory.translate(kernel.symbol('PsActiveProcessHead'));
+  let looks = 0;
+  const read = guest.hypervisor.readPhysical.bind(guest.hypervisor);
+  guest.hypervisor.readPhysical = (gpa, length) => {
+    if (gpa === processes) looks++;
+    return read(gpa, length);
+  };
+  guest.hypervisor.advance = () => [];
+  const ranges = [{ start: kernel.base, end: kernel.base + 1n, owner: 'x' }];
+  scanGuest(guest.hypervisor, kernel, ranges);
+  const once = looks;
+  engine.relocating = true;
+  engine.work();
+  expect(relocations(events).length).toBeGreaterThan(2);
+  expect(looks - once).toBe(once);
+  guest.startTimer();
+  guest.hypervisor.advance = (machine) => machine.run(500).traps;
+  engine.unload();
+  expect(guest.wrongStreams()).toEqual([]);
+  expect(guest.image()).toBe(before);
+});
+
 describe('the replaced instructions come back only when nothing stands among those in their place', () => {
   test('a vCPU is taken out by unload, and does not have to run for that', () => {
     const { guest, before, engine, handler, inside } = guestInside();
@@ -157,8 +183,7 @@ describe('the replaced instructions come back only when nothing stands among tho
     guest.startTimer();
     expect(engine.unload().evacuated.vcpus).toBe(1);
     expect(guest.image()).toBe(before);
-    const { switches } = guest.report();
-    while (guest.report().switches['one-level'] < switches['one-level'] + 1000n) guest.machine.run(500);
+    runSwitches(guest, 1000n);
     expect(guest.wrongStreams()).toEqual([]);
     expect(guest.report().bugCheck).toBeUndefined();
   });
@@ -192,8 +217,7 @@ describe('the replaced instructions come back only when nothing stands among tho
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
     engine.unload();
     expect(guest.image()).toBe(before);
-    const { switches } = guest.report();
-    while (guest.report().switches['one-level'] < switches['one-level'] + 1000n) guest.machine.run(500);
+    runSwitches(guest, 1000n);
     expect(guest.wrongStreams()).toEqual([]);
     expect(guest.report().bugCheck).toBeUndefined();
   });

@@ -19,6 +19,7 @@ import {
   rangeOf,
   relocatedGuest,
   relocations,
+  runSwitches,
   serve,
   stepInto,
   stepOnce,
@@ -76,9 +77,7 @@ function ripsInHandlers(guest: EmbeddedGuest, kernel: Kernel, events: readonly E
 
 /** The guest goes on and computes what it did. */
 function expectToGoOn(guest: EmbeddedGuest): void {
-  const { switches } = guest.report();
-  while (guest.report().switches['one-level'] < switches['one-level'] + SWITCHES_AFTERWARDS)
-    guest.machine.run(500);
+  runSwitches(guest, SWITCHES_AFTERWARDS);
   expect(guest.wrongStreams()).toEqual([]);
   expect(guest.report().bugCheck).toBeUndefined();
 }

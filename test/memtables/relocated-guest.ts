@@ -17,6 +17,7 @@ const STEPS_TO_SWITCH = 5000;
 /** From the change of the current thread to the new thread's own stack. */
 const STEPS_OUT_OF_SWITCH = 40;
 const MOST_TRIES = 100;
+const MOST_RUNS = 10_000;
 
 /** Lets guest and engine work until `done`, for a bounded number of listens. */
 export function serve(
@@ -31,6 +32,16 @@ export function serve(
     workAll(engine);
   }
   throw new Error('this took too long');
+}
+
+/** Lets the guest run freely until it has executed so many more switches of one level. */
+export function runSwitches(guest: EmbeddedGuest, count: bigint): void {
+  const executed = () => guest.report().switches['one-level'];
+  const end = executed() + count;
+  for (let runs = 0; executed() < end; runs++) {
+    if (runs === MOST_RUNS) throw new Error('the guest does not go on');
+    guest.machine.run(500);
+  }
 }
 
 /** Lets the engine do all that is queued now. */

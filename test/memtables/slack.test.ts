@@ -23,9 +23,9 @@ test('loads that find no slack stay where they are, with the reason; the others 
   expect(relocations(events).length).toBeGreaterThan(0);
   // Of what is left, no load takes more than it needs.
   for (const { encoder, passedOver } of relocations(events)) {
-    // The seed is taken where nothing else is possible.
-    const reason = encoder === 'seed' ? 'register-not-in-frame' : 'too-little-slack';
-    expect(Object.values(passedOver)).toContain(reason);
+    // The seed is taken where nothing else is possible, or no other has room.
+    const reasons = encoder === 'seed' ? ['register-not-in-frame', 'no-slack'] : ['too-little-slack'];
+    expect(Object.values(passedOver).some((reason) => reasons.includes(reason))).toBe(true);
   }
   expect(engine.statistics().slack.free).toBeLessThan(700);
   engine.unload();
