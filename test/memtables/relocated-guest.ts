@@ -24,7 +24,7 @@ export function serve(
   hypervisor: Pick<Hypervisor, 'listen'>,
   engine: Engine,
   done: () => boolean,
-  listens = 200_000,
+  listens = 60_000,
 ): void {
   for (let i = 0; i < listens; i++) {
     if (done()) return;
