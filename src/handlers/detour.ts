@@ -8,7 +8,7 @@ import type { Packing } from './packing.js';
 import type { HandlerLayout, Refused } from './plan.js';
 import type { Replaced } from './replaced.js';
 
-/** The first instruction of a handler that has a guard. */
+/** What bounds the index of a handler by itself. */
 interface Guard {
   /** Compares the index with the last one that is known. */
   readonly compare: readonly number[];

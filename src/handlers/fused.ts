@@ -4,8 +4,8 @@ import type { HandlerLayout, Refused } from './plan.js';
 import { type Replaced, replacedSwitch, type WholeSwitch, type WholeSwitchRefusal } from './replaced.js';
 
 /**
- * How the blocks stand: `roomy` 16 bytes apart, or a little more; otherwise shared by indices that lead to the same, with a jump for each
- * index in front: `spread` 8 bytes apart, `shared` 5 bytes, `short` 2 bytes. The fastest first.
+ * How the blocks stand: `roomy` 16 bytes apart, or a little more; otherwise shared by indices that lead to the same,
+ * with a jump for each index in front: `spread` 8 bytes apart, `shared` 5 bytes, `short` 2 bytes. The fastest first.
  */
 export const SWITCH_PACKINGS = ['roomy', 'spread', 'shared', 'short'] as const;
 export type SwitchPacking = (typeof SWITCH_PACKINGS)[number];

@@ -4,9 +4,9 @@ import type { HandlerLayout, Refused } from './plan.js';
 import { type LoadsRefusal, type Replaced, replacedLoads, type SwitchLoads } from './replaced.js';
 
 /**
- * How the blocks stand: `roomy` 16 bytes apart, or a little more; `dense` without a gap, or nearly; `tight` 8 bytes apart, with a short
- * jump to a shared one; `shared`: jumps 5 bytes apart to blocks shared by entries that are alike; `short`: the same with
- * short jumps. The fastest first.
+ * How the blocks stand: `roomy` 16 bytes apart, or a little more; `dense` without a gap, or nearly; `tight` 8 bytes
+ * apart, with a short jump to a shared one; `shared`: jumps 5 bytes apart to blocks shared by entries that are alike;
+ * `short`: the same with short jumps. The fastest first.
  */
 export const LEAN_PACKINGS = ['roomy', 'dense', 'tight', 'shared', 'short'] as const;
 export type LeanPacking = (typeof LEAN_PACKINGS)[number];

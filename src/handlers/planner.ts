@@ -211,7 +211,11 @@ function switchWays(
     return planning(encoder, `${encoder}-${packing}`, [...before, layOut(rest, packing)]);
   });
   const possible = worthwhile(ways).filter(isCandidate);
-  if (possible.length === 0) return [{ ...ways.at(-1)!, name: encoder }];
+  if (possible.length === 0) {
+    // That a packing does not fit says nothing of the switch: another one does.
+    const way = ways.find(({ refused }) => refused !== 'does-not-fit')!;
+    return [{ ...way, name: encoder }];
+  }
   return possible.map((way, at) => (at === 0 ? { ...way, name: encoder } : way));
 }
 

@@ -96,6 +96,15 @@ describe('the handlers of a load', () => {
     ]);
   });
 
+  it('a refusal is that of the switch, not of a packing that its blocks do not fit into', () => {
+    // add rdx, r8
+    const add = { ...proof(4).add, bytes: Buffer.from('4903d0', 'hex') };
+    const ofBase = { ...proof(200), destination: 'rdx', add } as const;
+    expect(sizes(planHandlers(ofBase, IMAGE_BASE, 'inline'))).toEqual([
+      ['inline', 'site-too-short-for-inline'],
+    ]);
+  });
+
   it('are possible for 8,192 entries, the seed for 256', () => {
     const possible = (entries: number) => names(affordable(plan(entries), Infinity));
     expect(possible(257)).toEqual(['inline', 'fused', 'lean-roomy', 'lean-dense']);
