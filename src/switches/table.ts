@@ -253,7 +253,7 @@ export class SwitchRecogniser {
     const values = [...this.image.read(load.table, entries)];
     const refused =
       this.whyByteLoadRefused(analysis, load, values, dwords) ??
-      (known === undefined && evidence !== 'none' ? 'bound-not-proven' : undefined);
+      (known === undefined && (evidence !== 'none' || entries === 0) ? 'bound-not-proven' : undefined);
     return {
       ...partOf(analysis, load.instruction),
       table: load.table,

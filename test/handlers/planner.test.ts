@@ -236,6 +236,8 @@ describe('a table whose end is not proven', () => {
 
   it('keeps a copy of the load, which an index beyond reaches', () => {
     const [guarded] = affordable(planHandlers(two, IMAGE_BASE, 'auto'), Infinity);
+    // From beyond the bound, the second load is still executed.
+    expect(guarded!.parts[0]!.replaces).toEqual([IMAGE_BASE + 0xff8n]);
     const plan = guarded!.parts[0]!.at(IMAGE_BASE + 0x10_0000n);
     if (plan.refused !== undefined) throw new Error(plan.refused);
     const { gva, bytes } = plan.handler;

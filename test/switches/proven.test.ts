@@ -559,6 +559,15 @@ over: add [rax], al
       expect(site).toMatchObject({ found: true, evidence: 'none', entries: 4, byteTable: { entries: 20 } });
     });
 
+    it('the byte load stays where not even its first byte is an index', () => {
+      const source = bytes(withTable(code, { entries: 4 })).replace(/other: .*/, 'other: .long case+1-image');
+      const site = prove(source.replace('.rept 5', '.byte 0xcc\n.rept 5'));
+      expect(site).toMatchObject({
+        evidence: 'none',
+        byteTable: { entries: 0, refused: 'bound-not-proven' },
+      });
+    });
+
     it('both tables may be guesses', () => {
       const source = bytes(withTable(code, { entries: 4 })).replace(/other: .*/, 'other: .long case+1-image');
       const expected = { found: true, evidence: 'none', entries: 4, byteTable: { entries: 20 } };
