@@ -16,7 +16,7 @@ import { Recognisers } from './recognisers.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { type Outcome, type Prepared, Relocator } from './relocator.js';
 import type { EngineEvent, Statistics, UnloadReport } from './report.js';
-import { ignore, SiteTable } from './sites.js';
+import { ignoreAll, SiteTable } from './sites.js';
 import { UnloadedModules } from './unloaded-modules.js';
 import { Unloader } from './unloader.js';
 
@@ -162,8 +162,7 @@ export class Engine {
     try {
       whileQuiescent(this.#hypervisor, () => {
         this.#yieldToGuest();
-        this.#unloader.disableRetired();
-        this.#unloader.removeDisabled();
+        this.#unloader.tidyUp();
         this.#relocate(batch, outcomes);
       });
     } finally {
@@ -293,9 +292,7 @@ export class Engine {
       this.#unloader.retire(redirection);
       // It ends in code that is the guest's no longer.
       redirection.evacuation = undefined;
-      for (const site of this.#sites.all()) {
-        if (site.redirection === redirection) ignore(site, 'overwritten-by-guest');
-      }
+      ignoreAll(this.#sites.replacedBy(redirection), 'overwritten-by-guest');
       this.#options.report({ type: 'taken-back', owner: redirection.label, at: redirection.at });
     }
   }

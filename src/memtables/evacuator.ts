@@ -10,8 +10,8 @@ import type { Redirections } from './redirections.js';
 import type { UnloadReport } from './report.js';
 
 /**
- * Takes threads out of handlers that can be left anywhere, so that nobody has to wait for them. To be used on a
- * quiescent guest, and only once the sites are restored: there the threads go on.
+ * Takes threads out of handlers that can be left anywhere, so that nobody has to wait for them: they go on at the site,
+ * which executes the same whether it has been restored or not. To be used on a quiescent guest.
  */
 export class Evacuator {
   /** By vCPU and RIP: where registers are set only as the guest resumes, the next scan may find the same again. */

@@ -20,7 +20,7 @@ import { type PlacedHandler, Placer } from './placer.js';
 import type { Recognisers } from './recognisers.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
-import { ignore, type Site, type SiteTable } from './sites.js';
+import { ignore, ignoreAll, type Site, type SiteTable } from './sites.js';
 import { tablesOf } from './tables.js';
 import { Vacancy } from './vacancy.js';
 
@@ -255,11 +255,10 @@ function waysOf(plans: readonly HandlerPlanning[], freeBytes: number): Way[] {
   return [...whole, ...halves];
 }
 
-/** A switch that is left as it is counts once. */
-function refuse([site, ...others]: readonly Site[], reason: string, image?: KernelImage): Outcome {
-  ignore(site!, reason);
-  for (const other of others) ignore(other);
-  return { type: 'refused', site: site!.rip, table: site!.table, reason, ...moduleOf(image) };
+function refuse(loads: readonly Site[], reason: string, image?: KernelImage): Outcome {
+  ignoreAll(loads, reason);
+  const { rip: site, table } = loads[0]!;
+  return { type: 'refused', site, table, reason, ...moduleOf(image) };
 }
 
 function moduleOf(image: KernelImage | undefined): { module?: string } {

@@ -26,6 +26,12 @@ export function ignore(site: Site, refusal?: string): void {
   site.refusal = refusal;
 }
 
+/** Nothing more is done about the loads of a switch, which counts once. */
+export function ignoreAll([first, ...others]: readonly Site[], refusal: string): void {
+  if (first !== undefined) ignore(first, refusal);
+  for (const other of others) ignore(other);
+}
+
 /** A guest can make up loads without end; real kernels have a few thousand, each with one table. */
 const MAX_LOADS = 65_536;
 const MAX_TABLES_PER_LOAD = 16;
@@ -70,6 +76,11 @@ export class SiteTable {
   isRelocated(rip: Gva): boolean {
     const sites = this.#byRip.get(rip);
     return sites?.some(({ redirection }) => redirection?.jump !== undefined) ?? false;
+  }
+
+  /** The loads that `redirection` has replaced. */
+  replacedBy(redirection: Redirection): Site[] {
+    return [...this.all()].filter((site) => site.redirection === redirection);
   }
 
   /** Forgets the loads that `redirection` has replaced: their code is gone. */

@@ -20,10 +20,14 @@ const LONGEST_PAUSE_MS = 200;
  */
 const LEFT_OVER_AFTER_MS = 1000;
 
+/** What can wait lets the guest run this many times as long as it stood still for the last look at its threads. */
+const RUNNING_PARTS = 10;
+
 /** Takes redirections out of the guest, once no live RIP and no stack leads into what goes away. */
 export class Unloader {
   readonly #retired = new Set<Redirection>();
   #retryAt = 0;
+  #retryAfter = FIRST_PAUSE_MS;
   #scans = 0;
   #blocked = 0;
   #inHandlers = 0;
@@ -85,28 +89,28 @@ export class Unloader {
     return this.#retired.size > 0 && performance.now() >= this.#retryAt;
   }
 
-  /** Disables what was retired, unless something stands inside it now. For a quiescent guest. */
-  disableRetired(): void {
+  /**
+   * Disables what was retired, and takes out the code of what was disabled earlier and frees its slack, as far as
+   * nothing stands inside now. Does nothing while the last try is not long ago. For a quiescent guest.
+   */
+  tidyUp(): void {
+    const started = performance.now();
+    const disabled = this.redirections.disabled();
+    if (started < this.#retryAt || (this.#retired.size === 0 && disabled.length === 0)) return;
     this.#tryToDisable(this.#retired);
     for (const redirection of this.#retired) {
       if (redirection.jump === undefined) this.#retired.delete(redirection);
     }
-    this.#retryAt = performance.now() + FIRST_PAUSE_MS;
+    this.#tryToRemove(disabled);
+    const now = performance.now();
+    this.#retryAt = now + Math.max(this.#retryAfter, RUNNING_PARTS * (now - started));
+    this.#retryAfter = this.#retired.size === 0 ? FIRST_PAUSE_MS : nextPause(this.#retryAfter);
   }
 
-  /**
-   * Takes out the code of what was disabled earlier, and frees its slack, unless something is inside it now. For a
-   * quiescent guest.
-   */
-  removeDisabled(): void {
-    const disabled = this.redirections.disabled();
+  #tryToRemove(disabled: readonly Redirection[]): void {
     if (disabled.length === 0) return;
-    const { findings, unsettled } = scanGuest(
-      this.hypervisor,
-      this.kernel,
-      this.redirections.codeRanges(disabled),
-    );
-    if (findings.length > 0 || unsettled.length > 0) return;
+    const ranges = this.redirections.codeRanges(disabled);
+    if (scanGuest(this.hypervisor, this.kernel, ranges).verdict !== 'safe') return;
     for (const redirection of disabled) this.redirections.remove(redirection);
   }
 
@@ -117,7 +121,7 @@ export class Unloader {
     attempt: () => Obstacles | undefined,
   ): void {
     const started = performance.now();
-    for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
+    for (let pause = FIRST_PAUSE_MS; ; pause = nextPause(pause)) {
       const obstacles = whileQuiescent(this.hypervisor, attempt);
       if (obstacles === undefined) return;
       const places = describeObstacles(obstacles);
@@ -192,4 +196,8 @@ export class Unloader {
     this.#inHandlers += scan.findings.length;
     return scan;
   }
+}
+
+function nextPause(pause: number): number {
+  return Math.min(pause * 2, LONGEST_PAUSE_MS);
 }
