@@ -25,7 +25,10 @@ export class Ahead {
   constructor(
     private readonly images: KernelImages,
     private readonly recognisers: Recognisers,
-  ) {}
+  ) {
+    // The whole image is gone through, for which no trapped vCPU is to wait: so far nothing is trapped.
+    this.#closureOf(images.nt);
+  }
 
   /**
    * What is new when these bytes are hidden.
