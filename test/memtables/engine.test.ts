@@ -181,8 +181,8 @@ describe('engine on the embedded guest', () => {
     expect(engine.loaded).toBe(false);
   });
 
-  test('a thread preempted inside a handler blocks unload until it has run on', () => {
-    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1 });
+  test('a thread preempted inside a handler on the stack blocks unload until it has run on', () => {
+    const { guest, before, engine, kernel, events } = relocatedGuest({ vcpus: 1, handler: 'seed' });
     preemptAt(guest, kernel, 0, (rip) => handlerAt(events, rip));
     expect(handlerAt(events, guest.machine.registers(0).rip)).toBeUndefined();
     let listens = 0;
