@@ -75,6 +75,7 @@ export async function attachCommand(options: AttachCommandOptions, output: Outpu
       [
         `unloaded in ${unload.seconds.toFixed(3)} s after ${plural(unload.scans, 'scan')} (${unload.blocked} blocked)`,
         `  ${plural(statistics.violations, 'violation')}, ${plural(statistics.relocations, 'relocation')}, refused: ${counts(statistics.refused)}`,
+        `  table loads: ${statistics.tableLoads}; other reads: ${statistics.otherReads.reads}`,
         `  reads answered with original bytes: ${counts(statistics.cloakedReads)}`,
       ].join('\n'),
     );

@@ -17,7 +17,7 @@ export function describeEvents(): (event: EngineEvent) => string | undefined {
       case 'refused':
         return `left the load at ${hex(event.site)}${inModule(event)} alone: ${inWords(event.reason)}`;
       case 'planned':
-        return `planned ahead: ${plural(event.switches, 'switch', 'switches')} on ${plural(event.pages.length, 'page')} that trap now or will`;
+        return `planned ahead: ${plural(event.pages.length, 'page')} to trap, with ${plural(event.switches, 'switch', 'switches')}`;
       case 'taken-back':
         return `the guest wrote over ${event.owner} at ${hex(event.at)}: taken back`;
       case 'module-unloaded':

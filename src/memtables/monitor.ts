@@ -18,8 +18,10 @@ const MAX_READERS = 65_536;
 const MAX_PENDING_WRITES = 4096;
 /** What an address that is in no image is in. */
 const NOWHERE = { start: 0n, end: 0n };
-/** A thread that was preempted has a good chance to be gone by then. */
+/** A thread that was preempted has a good chance to be gone by then. Each try stops the guest: later ones are rarer. */
 const RETRY_MS = 20;
+const TRIES_BEFORE_DOUBLING = 10;
+const LONGEST_RETRY_MS = 1000;
 /** libvmi keeps a page for two seconds. */
 const LONGEST_CACHED_MS = 2500;
 
@@ -151,14 +153,17 @@ export class Monitor implements HiddenMemory {
 
   /** Has a site that was taken come again, when the guest has run on. */
   postpone(site: Site): void {
-    this.#postponed.push({ site, due: performance.now() + RETRY_MS });
+    const doublings = Math.floor(site.tries / TRIES_BEFORE_DOUBLING);
+    const delay = Math.min(RETRY_MS * 2 ** doublings, LONGEST_RETRY_MS);
+    this.#postponed.push({ site, due: performance.now() + delay });
   }
 
   #queuePostponed(): void {
     const now = performance.now();
-    while (this.#postponed[0] !== undefined && this.#postponed[0].due <= now) {
-      this.#queue.push(this.#postponed.shift()!.site);
-    }
+    const isDue = ({ due }: { readonly due: number }) => due <= now;
+    if (!this.#postponed.some(isDue)) return;
+    this.#queue.push(...this.#postponed.filter(isDue).map(({ site }) => site));
+    this.#postponed = this.#postponed.filter((each) => !isDue(each));
   }
 
   /** The guest's writes to hidden bytes; `unknown` when there were too many to remember. */

@@ -28,7 +28,7 @@ export type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
 /** Something stands inside the code to be replaced; it may be gone when the guest has run on. */
 const IN_USE = 'in-use';
-/** Then it is left to code that replaces the loads alone. */
+/** Then code that replaces the loads alone is preferred. */
 const MOST_TRIES = 20;
 
 /** What a switch can be replaced by, in whole or in part. */
@@ -89,8 +89,8 @@ export class Relocator {
   }
 
   /**
-   * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again. For
-   * a quiescent guest.
+   * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again: for
+   * ever, where it fits nowhere but in code that something keeps standing in. For a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
@@ -98,8 +98,12 @@ export class Relocator {
     const { hot, image, proof, loads, plans } = prepared;
     if (!this.#isUnchanged(image, proof)) return refuse(loads, 'code-has-changed', image);
     const mayWait = hot.tries < MOST_TRIES;
-    const placed = this.#place(plans, new Placer(this.slack.for(image)), vacancy, mayWait);
-    if (placed === IN_USE && mayWait) {
+    const place = (among: typeof plans) =>
+      this.#place(plans, among, new Placer(this.slack.for(image)), vacancy);
+    let placed = mayWait ? place(plans) : place(plans.filter(isUnobstructed));
+    // Nothing else fits.
+    if (placed === IN_USE && !mayWait) placed = place(plans);
+    if (placed === IN_USE) {
       hot.tries++;
       return IN_USE;
     }
@@ -131,18 +135,16 @@ export class Relocator {
     });
   }
 
-  /** The fastest handlers for which there is slack, with their places; otherwise the reason why there are none. */
+  /** The fastest of `possible` for which there is slack, with their places; otherwise the reason why there are none. */
   #place(
     plans: readonly HandlerPlanning[],
+    possible: readonly HandlerPlanning[],
     placer: Placer,
     vacancy: Vacancy,
-    mayWait: boolean,
   ): Placed | string {
     // The last encoder is the one that asks least of a load.
     let reason: string = plans.at(-1)!.refused ?? 'no-slack';
     const failed: Record<string, string> = {};
-    // Nothing stands in the way of code that is reached from one instruction; the smallest of that is always allowed.
-    const possible = plans.filter(({ encoder }) => mayWait || encoder !== 'inline');
     for (const plan of plans) {
       if (plan.refused !== undefined || possible.includes(plan)) continue;
       reason = IN_USE;
@@ -234,6 +236,11 @@ export class Relocator {
 function instabilityAt({ image }: KernelImage, rva: number): string | undefined {
   const section = image.sectionAt(rva);
   return section === undefined ? 'outside-sections' : instabilityOf(section);
+}
+
+/** Nothing stands in the way of code that is reached from one instruction. */
+function isUnobstructed({ encoder }: HandlerPlanning): boolean {
+  return encoder !== 'inline';
 }
 
 /** What a handler may replace of a switch, where that can be more than one instruction. */
