@@ -1,7 +1,8 @@
 // Builds the NT-like guest: assembles and links native/guest into two PE64 images, the kernel and the HAL that it
 // imports from, sets what the linker cannot, and writes the kernel's ISF profile and the list of its switch sites.
 //
-//   node scripts/build-guest.mjs OUTDIR     writes ntoskrnl.exe, hal.dll, ntoskrnl.json and sites.json there
+//   node scripts/build-guest.mjs OUTDIR     writes ntoskrnl.exe, hal.dll, ntoskrnl.json and sites.json there, and
+//                                           into pvh/ the HAL and the start-up page of a Xen PVH domain
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -37,6 +38,13 @@ const HAL = {
   script: 'hal.ld',
   entry: 'DllInitialize',
   units: ['hal', 'platform/embedded'],
+};
+const PVH_HAL = { ...HAL, units: ['hal', 'platform/pvh'] };
+const PVH_START = {
+  file: 'start.exe',
+  script: 'platform/pvh-start.ld',
+  entry: '0',
+  units: ['platform/pvh-start'],
 };
 
 // IMAGE_SCN_*: what a section is and how it may be treated.
@@ -132,6 +140,12 @@ function withoutSymbols(linked) {
   image.writeUInt32LE(0, pe + 8); // where they are
   image.writeUInt32LE(0, pe + 12); // and how many
   return image;
+}
+
+/** The bytes of the only section. */
+function onlySection(linked) {
+  const [{ fileOffset, virtualSize }] = sectionsOf(linked);
+  return linked.subarray(fileOffset, fileOffset + virtualSize);
 }
 
 /** Takes the last section, the site records, out of the image. */
@@ -311,6 +325,13 @@ function readSites(records, image) {
 
 // -----------------------------------------------------------------------------------------------------------------
 
+function linkHal(hal, directory) {
+  const linked = link(hal, directory);
+  const image = withoutSymbols(readFileSync(linked));
+  finish(image, readSymbols(linked));
+  return image;
+}
+
 function main(output) {
   if (!output) throw new Error('usage: node scripts/build-guest.mjs OUTDIR');
   const work = mkdtempSync(join(tmpdir(), 'memtables-guest-'));
@@ -319,15 +340,14 @@ function main(output) {
     const symbols = readSymbols(linked);
     const { records, image } = takeSiteRecords(withoutSymbols(readFileSync(linked)));
     const pdb = finish(image, symbols);
-    const linkedHal = link(HAL, work);
-    const hal = withoutSymbols(readFileSync(linkedHal));
-    finish(hal, readSymbols(linkedHal));
     const write = (name, value) => writeFileSync(join(output, name), `${JSON.stringify(value, null, 1)}\n`);
-    mkdirSync(output, { recursive: true });
+    mkdirSync(join(output, 'pvh'), { recursive: true });
     write('ntoskrnl.json', makeProfile(pdb, symbols));
     write('sites.json', readSites(records, image));
     writeFileSync(join(output, KERNEL.file), image);
-    writeFileSync(join(output, HAL.file), hal);
+    writeFileSync(join(output, HAL.file), linkHal(HAL, work));
+    writeFileSync(join(output, 'pvh', HAL.file), linkHal(PVH_HAL, work));
+    writeFileSync(join(output, 'pvh', 'start.bin'), onlySection(readFileSync(link(PVH_START, work))));
   } finally {
     rmSync(work, { recursive: true, force: true });
   }

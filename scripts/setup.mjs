@@ -211,6 +211,8 @@ const steps = [
     outputs: [
       'build/guest/ntoskrnl.exe',
       'build/guest/hal.dll',
+      'build/guest/pvh/hal.dll',
+      'build/guest/pvh/start.bin',
       'build/guest/ntoskrnl.json',
       'build/guest/sites.json',
     ],

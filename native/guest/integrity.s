@@ -1,6 +1,7 @@
 # The integrity checker, PatchGuard's part: it keeps comparing headers, all non-writable sections and the slack
 # behind them, of NT, the HAL and the module, with a copy made at boot, and it reads them in every way a checker may. Most
-# of a page is read widely; which 256 bytes are read narrowly changes with page and sweep.
+# of a page is read widely; which 256 bytes are read narrowly changes with page and sweep. With simple reads no instruction
+# reads an image more than once or on two pages.
 .include "guest.inc"
 
 .set PE_OFFSET, 0x3c
@@ -112,6 +113,8 @@ frame_function WlCheckRange, 0x28, rbx, rbp
     add     ebx, PAGE_BYTES
     cmp     ebx, ebp
     jae     .Lrange_done
+    call    WlReadsSimply
+    jne     .Lnext_page
     mov     ecx, ebx
     call    WlCheckPageEdge
     jmp     .Lnext_page
@@ -130,8 +133,12 @@ frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r13
     shr     ebp, 12
     add     ebp, r15d
     and     ebp, BLOCKS - 1                     # the block that is read narrowly
+    mov     r13d, BLOCKS                        # none, or the block that is copied by rep movsq
+    call    WlReadsSimply
+    jne     .Lstring_block_known
     lea     r13d, [rbp + BLOCKS / 2]
-    and     r13d, BLOCKS - 1                    # the block that is copied by rep movsq
+    and     r13d, BLOCKS - 1
+.Lstring_block_known:
     xor     r8d, r8d
 .Lnext_block:
     cmp     r8d, ebp
@@ -169,9 +176,15 @@ frame_function WlCheckPage, 0x20, rbx, rbp, rsi, rdi, r13
     ret
 end_frame_function
 
+# ZF = 0: reads have to be simple; changes RAX only.
+function WlReadsSimply
+    mov     rax, [rip + KiBootBlock]
+    cmp     qword ptr [rax + BOOT_SIMPLE_READS], 0
+    ret
+
 # RSI = 256 bytes of the image, RDI = where they go; moves both on. R12 = what is checked. One kind of read after
 # the other.
-function WlReadNarrowly
+frame_function WlReadNarrowly, 0
     .irp    at, 0, 1, 2, 3, 4, 5
     movzx   eax, byte ptr [rsi + \at]
     mov     [rdi + \at], al
@@ -216,6 +229,16 @@ function WlReadNarrowly
     lodsq
     stosq
     .endr
+    call    WlReadsSimply
+    je      .Lrepeated_reads
+    movups  xmm0, [rsi]
+    movups  [rdi], xmm0
+    movups  xmm0, [rsi + 16]
+    movups  [rdi + 16], xmm0
+    add     rsi, 32
+    add     rdi, 32
+    jmp     .Llast_reads
+.Lrepeated_reads:
     mov     ecx, 8
     rep movsb
     mov     ecx, 4
@@ -240,6 +263,7 @@ function WlReadNarrowly
 .Lcompared_equal:
     lea     rsi, [r11 + 8]
     lea     rdi, [r10 + 8]
+.Llast_reads:
     # 128 bytes: unaligned 16-byte reads, the two ends aligned.
     movups  xmm0, [rsi]
     movups  [rdi], xmm0
@@ -252,6 +276,7 @@ function WlReadNarrowly
     add     rsi, 128
     add     rdi, 128
     ret
+end_frame_function
 
 # ECX = RVA of a page whose predecessor is checked too, R12 = what is checked: reads that lie on both.
 frame_function WlCheckPageEdge, 0x20, rbx, rsi, rdi

@@ -97,6 +97,8 @@ export interface GuestArtefacts {
   readonly imagePath: string;
   /** The PE64 image that the kernel imports from. */
   readonly hal: Buffer;
+  /** What the guest has as a Xen PVH domain: this HAL instead, and a start-up page. */
+  readonly pvh: { readonly hal: Buffer; readonly startPage: Buffer };
   /** The ISF profile of the image. */
   readonly profilePath: string;
   readonly sites: GuestSites;
@@ -122,6 +124,10 @@ export function readGuestArtefacts(directory = GUEST_DIRECTORY): GuestArtefacts 
       image: readFileSync(imagePath),
       imagePath,
       hal: readFileSync(join(directory, 'hal.dll')),
+      pvh: {
+        hal: readFileSync(join(directory, 'pvh', 'hal.dll')),
+        startPage: readFileSync(join(directory, 'pvh', 'start.bin')),
+      },
       profilePath,
       sites: JSON.parse(readFileSync(join(directory, 'sites.json'), 'utf8')),
     };

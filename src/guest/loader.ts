@@ -3,7 +3,16 @@ import type { Machine } from '../machine/machine.js';
 import { ExportTable } from '../nt/exports.js';
 import { PeImage } from '../nt/pe.js';
 import { nextRandom } from '../random.js';
-import { type Gpa, type Gva, gpaOfFrame, PAGE_SHIFT, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import {
+  type Gfn,
+  type Gpa,
+  type Gva,
+  gpaOfFrame,
+  PAGE_SHIFT,
+  PAGE_SIZE,
+  pageOffset,
+} from '../vmi/address.js';
+import type { Registers } from '../x86/registers.js';
 import { type LaidOutImage, layOutImage } from './image.js';
 import { bindImports } from './imports.js';
 import type { GuestModule } from './lexer-module.js';
@@ -18,7 +27,28 @@ export interface GuestOptions {
   readonly seed: number;
   /** Loaded besides the kernel; its lexer reads the text over and over: at least one piece, and only whole ones. */
   readonly module?: Pick<GuestModule, 'image' | 'languageFunction'> & { readonly text: Uint8Array };
+  /**
+   * The integrity checker reads an image by no instruction that reads it more than once or on two pages: a hypervisor
+   * that has no single step can answer the others only.
+   */
+  readonly simpleReads?: boolean;
 }
+
+/** What a guest is put into. */
+export interface GuestTarget extends Pick<Machine, 'vcpuCount' | 'memoryBytes' | 'writePhysical'> {
+  /**
+   * A page of code by which the processors come to their entry point: the guest leaves its frame alone, and maps it
+   * where it lies in physical memory.
+   */
+  readonly startFrame?: Gfn;
+  setRegisters(vcpu: number, registers: EntryRegisters): void;
+}
+
+/** What a processor has when it enters the kernel. */
+export type EntryRegisters = Pick<
+  Registers,
+  'cr0' | 'cr3' | 'cr4' | 'efer' | 'rflags' | 'rip' | 'rsp' | 'rcx' | 'rdx'
+>;
 
 /** Each piece of the lexer's text is compared for itself: so short that one ends soon where every switch is a trap. */
 export const LEXER_PIECE_BYTES = 512;
@@ -67,6 +97,7 @@ export const BOOT_BLOCK = {
   textPieces: 0x88,
   pieceBytes: 0x90,
   checksums: 0x98,
+  simpleReads: 0xa0,
 } as const;
 
 /** By this name the kernel imports from it. */
@@ -108,12 +139,13 @@ const EFER_LONG_MODE = 0xd00n; // LME LMA NXE
 const RFLAGS_RESET = 2n;
 
 /**
- * Places the images into the machine and every vCPU at its entry point.
+ * Places the images into the target and every vCPU at its entry point.
  *
- * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the machine has too little memory or the
+ * @throws MemtablesError `IMAGE_INVALID`, or `INVALID_ARGUMENT` when the target has too little memory or the
  * seed is not a 32-bit number
  */
-export function loadGuest(machine: Machine, { image: file, hal, seed, module }: GuestOptions): LoadedGuest {
+export function loadGuest(target: GuestTarget, options: GuestOptions): LoadedGuest {
+  const { image: file, hal, seed, module, simpleReads = false } = options;
   if (!Number.isInteger(seed) || seed < 0 || seed >= SEED_LIMIT) {
     throw new MemtablesError('INVALID_ARGUMENT', `${seed} is no seed`, {
       remedy: 'Use a whole number from 0 to 4294967295.',
@@ -121,7 +153,7 @@ export function loadGuest(machine: Machine, { image: file, hal, seed, module }: 
     });
   }
   const image = layOutImage(file);
-  const placement = new Placement(machine, seed);
+  const placement = new Placement(target, seed);
   const kernelBase = placement.choose(KERNEL_REGION);
   const loadedHal = loadHal(placement, kernelBase, hal);
   bindToHal(file, image, hal, loadedHal.base);
@@ -134,12 +166,12 @@ export function loadGuest(machine: Machine, { image: file, hal, seed, module }: 
   const loadedModule = module && loadModule(placement, kernelBase, module);
 
   const copiedBytes = image.bytes.length + loadedHal.size + (loadedModule?.size ?? 0);
-  const poolPages = copiedBytes / PAGE_SIZE + POOL_PAGES + POOL_PAGES_PER_VCPU * machine.vcpuCount;
+  const poolPages = copiedBytes / PAGE_SIZE + POOL_PAGES + POOL_PAGES_PER_VCPU * target.vcpuCount;
   const pool = placement.choose(POOL_REGION);
   placement.mapZeroed(pool, poolPages);
   const poolEnd = pool + BigInt(poolPages) * PAGE;
 
-  const slots = STACKS_PER_VCPU * machine.vcpuCount + SINGLE_STACKS + (module ? MODULE_STACKS : 0);
+  const slots = STACKS_PER_VCPU * target.vcpuCount + SINGLE_STACKS + (module ? MODULE_STACKS : 0);
   const stacks = placement.choose(STACK_REGION);
   const slotBytes = BigInt(STACK_SLOT_PAGES) * PAGE;
   for (let slot = 0n; slot < slots; slot++) {
@@ -173,14 +205,14 @@ export function loadGuest(machine: Machine, { image: file, hal, seed, module }: 
     imageSize: image.bytes.length,
     directoryTable: placement.systemCr3,
     seed,
-    vcpuCount: machine.vcpuCount,
+    vcpuCount: target.vcpuCount,
     bootBlock,
     hal: loadedHal,
     ...(loadedModule && { module: loadedModule }),
     translate: (gva) => placement.translate(gva),
   };
   const fields: Record<keyof typeof BOOT_BLOCK, bigint> = {
-    processors: BigInt(machine.vcpuCount),
+    processors: BigInt(target.vcpuCount),
     systemCr3: placement.systemCr3,
     userCr3,
     pool,
@@ -200,15 +232,16 @@ export function loadGuest(machine: Machine, { image: file, hal, seed, module }: 
     textPieces: BigInt(textPieces),
     pieceBytes: BigInt(LEXER_PIECE_BYTES),
     checksums,
+    simpleReads: BigInt(simpleReads),
   };
   const block = Buffer.alloc(PAGE_SIZE);
   for (const [name, offset] of Object.entries(BOOT_BLOCK)) {
     block.writeBigUInt64LE(fields[name as keyof typeof BOOT_BLOCK], offset);
   }
-  machine.writePhysical(placement.translate(bootBlock)!, block);
+  target.writePhysical(placement.translate(bootBlock)!, block);
 
-  for (let vcpu = 0; vcpu < machine.vcpuCount; vcpu++) {
-    machine.setRegisters(vcpu, {
+  for (let vcpu = 0; vcpu < target.vcpuCount; vcpu++) {
+    target.setRegisters(vcpu, {
       cr3: placement.systemCr3,
       cr4: CR4_LONG_MODE,
       efer: EFER_LONG_MODE,
@@ -287,14 +320,20 @@ class Placement {
   #taken = 0;
 
   constructor(
-    private readonly machine: Machine,
+    private readonly target: GuestTarget,
     seed: number,
   ) {
     this.#random = (seed ^ PLACEMENT_SALT) >>> 0 || PLACEMENT_SALT;
     // Frame 0 is left out: a null GPA must stay a mistake.
-    this.#frames = Uint32Array.from({ length: machine.memoryBytes / PAGE_SIZE - 1 }, (_, index) => index + 1);
+    this.#frames = Uint32Array.from(
+      { length: target.memoryBytes / PAGE_SIZE - 1 },
+      (_, index) => index + 1,
+    ).filter((frame) => BigInt(frame) !== target.startFrame);
     this.#tables = new PageTableBuilder(() => this.takeFrame());
     this.systemCr3 = this.#tables.createRoot();
+    if (target.startFrame !== undefined) {
+      this.map(gpaOfFrame(target.startFrame), target.startFrame, { execute: true });
+    }
   }
 
   choose(region: { readonly start: bigint; readonly step: bigint; readonly steps: number }): Gva {
@@ -307,7 +346,7 @@ class Placement {
     if (left === 0) {
       throw new MemtablesError('INVALID_ARGUMENT', 'the guest does not fit into its memory', {
         remedy: 'Give the machine more memory, or fewer vCPUs.',
-        context: { memoryBytes: this.machine.memoryBytes, vcpus: this.machine.vcpuCount },
+        context: { memoryBytes: this.target.memoryBytes, vcpus: this.target.vcpuCount },
       });
     }
     const at = this.#taken + this.#below(left);
@@ -319,7 +358,7 @@ class Placement {
 
   takeZeroedFrame(): bigint {
     const frame = this.takeFrame();
-    this.machine.writePhysical(gpaOfFrame(frame), Buffer.alloc(PAGE_SIZE));
+    this.target.writePhysical(gpaOfFrame(frame), Buffer.alloc(PAGE_SIZE));
     return frame;
   }
 
@@ -339,7 +378,7 @@ class Placement {
     return Array.from({ length: Math.ceil(bytes.length / PAGE_SIZE) }, (_, page) => {
       const frame = this.takeZeroedFrame();
       const offset = page * PAGE_SIZE;
-      this.machine.writePhysical(gpaOfFrame(frame), bytes.subarray(offset, offset + PAGE_SIZE));
+      this.target.writePhysical(gpaOfFrame(frame), bytes.subarray(offset, offset + PAGE_SIZE));
       this.map(gva + BigInt(offset), frame, rights(offset));
       return frame;
     });
@@ -363,7 +402,7 @@ class Placement {
   }
 
   writeTables(): void {
-    for (const { gpa, bytes } of this.#tables.contents()) this.machine.writePhysical(gpa, bytes);
+    for (const { gpa, bytes } of this.#tables.contents()) this.target.writePhysical(gpa, bytes);
   }
 
   translate(gva: Gva): Gpa | undefined {

@@ -1,6 +1,6 @@
 import { MemtablesError } from '../errors.js';
-import type { Machine } from '../machine/machine.js';
 import { type Gva, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
+import type { Hypervisor } from '../vmi/hypervisor.js';
 import type { SwitchForm } from './artefacts.js';
 import { BOOT_BLOCK, type LoadedGuest } from './loader.js';
 
@@ -67,6 +67,9 @@ export interface GuestReport {
   };
 }
 
+/** The guest's memory, as a machine or a hypervisor reads it. */
+export type PhysicalMemory = Pick<Hypervisor, 'readPhysical'>;
+
 // The layout of the report, by native/guest/guest.inc.
 const MAX_PROCESSORS = 32;
 const STREAMS_USED = 0x00;
@@ -116,15 +119,15 @@ const FORMS: readonly (SwitchForm | undefined)[] = [undefined, 'one-level', 'two
  *
  * @throws MemtablesError `GUEST_STRUCTURE_INVALID` when they are not what the kernel writes
  */
-export function readGuestReport(machine: Machine, guest: LoadedGuest): GuestReport | undefined {
+export function readGuestReport(memory: PhysicalMemory, guest: LoadedGuest): GuestReport | undefined {
   const address = readVirtual(
-    machine,
+    memory,
     guest,
     guest.bootBlock + BigInt(BOOT_BLOCK.report),
     8,
   ).readBigUInt64LE();
   if (address === 0n) return undefined;
-  const report = readVirtual(machine, guest, address, REPORT_BYTES);
+  const report = readVirtual(memory, guest, address, REPORT_BYTES);
   const used = report.readUInt32LE(STREAMS_USED);
   if (used > MAX_STREAMS) throw invalid(`it counts ${used} streams`);
   const streams = Array.from({ length: used }, (_, index) =>
@@ -196,14 +199,14 @@ function readStream(stream: Buffer): StreamReport {
   };
 }
 
-function readVirtual(machine: Machine, guest: LoadedGuest, gva: Gva, length: number): Buffer {
+function readVirtual(memory: PhysicalMemory, guest: LoadedGuest, gva: Gva, length: number): Buffer {
   const bytes = Buffer.alloc(length);
   for (let done = 0; done < length; ) {
     const at = gva + BigInt(done);
     const gpa = guest.translate(at);
     if (gpa === undefined) throw invalid(`nothing is mapped at ${hex(at)}`);
     const piece = Math.min(PAGE_SIZE - pageOffset(at), length - done);
-    bytes.set(machine.readPhysical(gpa, piece), done);
+    bytes.set(memory.readPhysical(gpa, piece), done);
     done += piece;
   }
   return bytes;

@@ -1,5 +1,5 @@
 import type { LoadedGuest } from '../guest/loader.js';
-import type { Machine } from '../machine/machine.js';
+import type { PhysicalMemory } from '../guest/report.js';
 import type { PeImage } from '../nt/pe.js';
 import { type Gva, hex, PAGE_SIZE } from '../vmi/address.js';
 
@@ -30,36 +30,31 @@ type Guest = Pick<LoadedGuest, 'kernelBase' | 'hal' | 'module' | 'translate'>;
 
 /** The bytes of the guest's images that must not change, as memory holds them: no cloak is applied. */
 export function snapshotImages(
-  machine: Pick<Machine, 'readPhysical'>,
+  memory: PhysicalMemory,
   guest: Guest,
   images: { readonly kernel: Image; readonly hal: Image; readonly module: Image | undefined },
 ): ImageSnapshot {
   const { kernel, hal, module } = images;
   return {
-    ...snapshot(machine, guest, guest.kernelBase, kernel),
-    hal: snapshot(machine, guest, guest.hal.base, hal),
-    ...(guest.module && module && { module: snapshot(machine, guest, guest.module.base, module) }),
+    ...snapshot(memory, guest, guest.kernelBase, kernel),
+    hal: snapshot(memory, guest, guest.hal.base, hal),
+    ...(guest.module && module && { module: snapshot(memory, guest, guest.module.base, module) }),
   };
 }
 
-function snapshot(
-  machine: Pick<Machine, 'readPhysical'>,
-  guest: Pick<Guest, 'translate'>,
-  base: Gva,
-  image: Image,
-): Placed {
+function snapshot(memory: PhysicalMemory, guest: Pick<Guest, 'translate'>, base: Gva, image: Image): Placed {
   const fixed = image.sections.filter((section) => !section.writable);
   const parts = [
     { name: 'headers', rva: 0, size: image.sizeOfHeaders },
     ...fixed.map(({ name, rva, virtualSize }) => ({ name, rva, size: virtualSize })),
   ];
   const regions = parts.flatMap(({ name, rva, size }) => {
-    const found: { name: string; rva: number; pages: Buffer[] }[] = [];
+    const found: { name: string; rva: number; pages: Uint8Array[] }[] = [];
     for (let at = rva; at < rva + size; at += PAGE_SIZE) {
       const gpa = guest.translate(base + BigInt(at));
       if (gpa === undefined) continue;
       const last = found.at(-1);
-      const page = machine.readPhysical(gpa, PAGE_SIZE);
+      const page = memory.readPhysical(gpa, PAGE_SIZE);
       if (last && last.rva + last.pages.length * PAGE_SIZE === at) last.pages.push(page);
       else found.push({ name, rva: at, pages: [page] });
     }

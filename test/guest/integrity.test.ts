@@ -3,6 +3,7 @@ import { ACCESS_EXECUTE, type Trap } from '../../src/machine/machine.js';
 import { PeImage, type Section } from '../../src/nt/pe.js';
 import { type Gva, gfnOf, hex, PAGE_SIZE, pageOffset } from '../../src/vmi/address.js';
 import { decodeInstruction, type Instruction, Mnemonic } from '../../src/x86/instruction.js';
+import { onlyReadOf } from '../../src/x86/only-read.js';
 import { SteppedGuest } from './stepped-guest.js';
 
 // The report's fields, by native/guest/guest.inc.
@@ -92,8 +93,9 @@ describe('the integrity checker', () => {
   function reads(
     sweeps: number,
     isTrapped: (page: number) => boolean,
+    simpleReads = false,
   ): { guest: SteppedGuest; traps: Trap[] } {
-    const guest = SteppedGuest.boot({ vcpus: 1, seed: 63 });
+    const guest = SteppedGuest.boot({ vcpus: 1, seed: 63, simpleReads });
     const [first, last] = [guest.symbol('WlIntegrityThread'), guest.symbol('WlReadLikeAnUnwinder')];
     const traps: Trap[] = [];
     guest.onTrap = (trap) => {
@@ -111,22 +113,28 @@ describe('the integrity checker', () => {
     return { guest, traps };
   }
 
+  function expectAllSeen(guest: SteppedGuest, traps: readonly Trap[]): void {
+    const seen = new Uint8Array(guest.loaded.imageSize);
+    for (const { gva, length } of traps) {
+      const rva = Number(gva - guest.loaded.kernelBase);
+      seen.fill(1, rva, rva + length);
+    }
+    for (const { name, rva, size } of checked(guest)) {
+      expect(seen.subarray(rva, rva + size).indexOf(0), name).toBe(-1);
+    }
+  }
+
   it('reads every byte in every sweep, in every way that a checker may, also across page edges', () => {
     const { guest, traps } = reads(1, () => true);
-    const seen = new Uint8Array(guest.loaded.imageSize);
+    expectAllSeen(guest, traps);
     const forms = new Set<string>();
     const split = new Map<string, Set<number>>();
     for (const trap of traps) {
-      const rva = Number(trap.gva - guest.loaded.kernelBase);
-      seen.fill(1, rva, rva + trap.length);
       const instruction = decode(trap);
       const form = formOf(instruction);
       forms.add(form);
       if (trap.length < widthOf(instruction))
         split.set(form, (split.get(form) ?? new Set()).add(trap.length));
-    }
-    for (const { name, rva, size } of checked(guest)) {
-      expect(seen.subarray(rva, rva + size).indexOf(0), name).toBe(-1);
     }
     for (const form of [
       ...['mov 1', 'mov 2', 'mov 4', 'mov 8', 'movzx 1', 'movzx 2', 'movsx 1', 'movsx 2', 'movsxd 4'],
@@ -153,6 +161,13 @@ describe('the integrity checker', () => {
       'mov 8': [3, 5],
       'movups 16': [5, 11],
     });
+  });
+
+  it('reads every byte once an instruction and page by page, where reads have to be simple', () => {
+    const { guest, traps } = reads(1, () => true, true);
+    expectAllSeen(guest, traps);
+    const others = traps.filter(({ instruction, length }) => onlyReadOf(instruction) !== length);
+    expect(new Set(others.map((trap) => formOf(decode(trap))))).toEqual(new Set());
   });
 
   it('reads another part of a page narrowly in each sweep', () => {

@@ -20,6 +20,7 @@ export interface SteppedOptions {
   readonly memoryMB?: number;
   /** What the lexer of the module is to read; without it the guest has no module. */
   readonly text?: Uint8Array;
+  readonly simpleReads?: boolean;
 }
 
 /** The guest on the embedded machine, stepped: what it does depends on the seed alone, not on the clock. */
@@ -32,7 +33,7 @@ export class SteppedGuest {
   /** Traps that `round` came upon, each completed on memory. */
   onTrap: (trap: Trap) => void = () => {};
 
-  constructor({ vcpus = 2, seed = 1, memoryMB = 64, text }: SteppedOptions = {}) {
+  constructor({ vcpus = 2, seed = 1, memoryMB = 64, text, simpleReads = false }: SteppedOptions = {}) {
     this.artefacts = readGuestArtefacts();
     this.profile = loadProfile(this.artefacts.profilePath);
     this.machine = createMachine({ vcpus, memoryBytes: memoryMB * MEGABYTE });
@@ -42,6 +43,7 @@ export class SteppedGuest {
       image,
       hal,
       seed,
+      simpleReads,
       ...(module && text && { module: { ...module, text } }),
     });
     this.hypervisor = new MachineHypervisor(this.machine);
