@@ -44,6 +44,7 @@ const PVH_START = {
   file: 'start.exe',
   script: 'platform/pvh-start.ld',
   entry: '0',
+  imageBase: 0,
   units: ['platform/pvh-start'],
 };
 
@@ -86,7 +87,7 @@ function run(tool, args) {
   return stdout;
 }
 
-function link({ file, script, entry, units }, directory) {
+function link({ file, script, entry, imageBase = IMAGE_BASE, units }, directory) {
   const objects = units.map((unit) => {
     const object = join(directory, `${basename(unit)}.o`);
     run('as', ['-I', SOURCE, '-o', object, join(SOURCE, `${unit}.s`)]);
@@ -95,7 +96,7 @@ function link({ file, script, entry, units }, directory) {
   const linked = join(directory, file); // the name goes into the export directory
   run('ld', [
     ...['-T', join(SOURCE, script), '-e', entry, '-o', linked],
-    ...['--image-base', `0x${IMAGE_BASE.toString(16)}`, '--subsystem', 'native'],
+    ...['--image-base', `0x${imageBase.toString(16)}`, '--subsystem', 'native'],
     ...['--section-alignment', `${PAGE}`, '--file-alignment', `${PAGE}`],
     ...['--dynamicbase', '--enable-reloc-section', '--disable-auto-import', '--no-insert-timestamp'],
     ...objects,

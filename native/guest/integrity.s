@@ -1,7 +1,7 @@
 # The integrity checker, PatchGuard's part: it keeps comparing headers, all non-writable sections and the slack
 # behind them, of NT, the HAL and the module, with a copy made at boot, and it reads them in every way a checker may. Most
-# of a page is read widely; which 256 bytes are read narrowly changes with page and sweep. With simple reads no instruction
-# reads an image more than once or on two pages.
+# of a page is read widely; which 256 bytes are read narrowly changes with page and sweep. Where reads have to be
+# simple, no instruction reads memory more than once, or an image on two pages.
 .include "guest.inc"
 
 .set PE_OFFSET, 0x3c

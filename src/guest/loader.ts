@@ -28,8 +28,8 @@ export interface GuestOptions {
   /** Loaded besides the kernel; its lexer reads the text over and over: at least one piece, and only whole ones. */
   readonly module?: Pick<GuestModule, 'image' | 'languageFunction'> & { readonly text: Uint8Array };
   /**
-   * The integrity checker reads an image by no instruction that reads it more than once or on two pages: a hypervisor
-   * that has no single step can answer the others only.
+   * The guest reads its images by no instruction that reads memory more than once or on two pages: a hypervisor without
+   * single step cannot answer those.
    */
   readonly simpleReads?: boolean;
 }
