@@ -39,23 +39,25 @@
       "sources": [
         "native/kvmi/connection.cc",
         "native/kvmi/dispatch.cc",
-        "native/kvmi/events.cc",
+        "native/kvmi/instance.cc",
         "native/kvmi/listener.cc",
-        "native/kvmi/log.cc",
-        "native/kvmi/memory.cc",
-        "native/kvmi/paging.cc",
         "native/kvmi/pause.cc",
         "native/kvmi/registers.cc",
-        "native/kvmi/session.cc"
+        "native/kvmi/session.cc",
+        "native/vmi/events.cc",
+        "native/vmi/log.cc",
+        "native/vmi/memory.cc",
+        "native/vmi/paging.cc",
+        "native/vmi/registers.cc"
       ],
-      "include_dirs": ["native/kvmi/include"]
+      "include_dirs": ["native/vmi/include"]
     },
     {
       # Drives a library with that ABI from C; for the tests.
       "target_name": "kvmi-abi-check",
       "type": "executable",
-      "sources": ["native/kvmi/test/abi_check.c"],
-      "include_dirs": ["native/kvmi/include"],
+      "sources": ["native/vmi/test/abi_check.c"],
+      "include_dirs": ["native/vmi/include"],
       "cflags_c": ["-std=gnu11", "-Wall", "-Wextra"],
       # The library under test sees this program's clock.
       "ldflags": ["-rdynamic"],
@@ -85,7 +87,7 @@
       "target_name": "kvmi-bare-listener",
       "type": "executable",
       "sources": ["native/kvmi/bench/bare_listener.c"],
-      "include_dirs": ["native/kvmi/include"],
+      "include_dirs": ["native/vmi/include"],
       "cflags_c": ["-std=gnu11", "-O2", "-Wall", "-Wextra"],
       "libraries": ["-ldl", "-pthread"]
     },

@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "log.h"
+#include "../vmi/log.h"
 
 namespace kvmi {
 namespace {
@@ -262,7 +262,7 @@ bool Connection::die(const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(reason, sizeof reason, format, arguments);
     va_end(arguments);
-    complain("%s", reason);
+    vmi::complain("%s", reason);
     alive_ = false;
     events_.clear();
     shutdown(socket_.get(), SHUT_RDWR);

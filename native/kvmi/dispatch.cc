@@ -3,8 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "instance.h"
-#include "log.h"
+#include "../vmi/log.h"
 #include "registers.h"
 
 namespace kvmi {
@@ -21,7 +20,7 @@ vmi_mem_access_t accessFromWire(uint8_t access) {
 }
 
 /** Calls the owner of an event with the registers of its vCPU at hand. */
-event_response_t call(vmi_instance &vmi, vmi_event_t &handler, const Event &event, x86_registers_t &registers) {
+event_response_t call(Instance &vmi, vmi_event_t &handler, const Event &event, x86_registers_t &registers) {
   handler.vcpu_id = event.vcpu();
   handler.slat_id = event.common.view;
   handler.x86_regs = &registers;
@@ -56,7 +55,7 @@ bool takeReadData(vmi_event_t &handler, const x86_registers_t &registers, wire::
 }
 
 /** False if the hypervisor refuses. */
-bool carryOut(vmi_instance &vmi, vmi_event_t &handler, unsigned vcpu, event_response_t response) {
+bool carryOut(Instance &vmi, vmi_event_t &handler, unsigned vcpu, event_response_t response) {
   if ((response & VMI_EVENT_RESPONSE_TOGGLE_SINGLESTEP) &&
       controlSingleStep(&vmi, vcpu, !vmi.vcpus[vcpu].singleStepping) != VMI_SUCCESS)
     return false;
@@ -74,7 +73,7 @@ void leaveUnanswered(const Event &event, const char *reason) {
   complain("an event of kind %u of vCPU %u is not answered: %s", event.common.event, event.vcpu(), reason);
 }
 
-void pageFault(vmi_instance &vmi, const Event &event) {
+void pageFault(Instance &vmi, const Event &event) {
   const wire::PageFault &fault = event.pageFault;
   const addr_t gfn = fault.gpa >> kPageShift;
   const vmi_mem_access_t access = accessFromWire(fault.access);
@@ -98,7 +97,7 @@ void pageFault(vmi_instance &vmi, const Event &event) {
   handler->x86_regs = nullptr;
 }
 
-void singleStep(vmi_instance &vmi, const Event &event) {
+void singleStep(Instance &vmi, const Event &event) {
   const unsigned vcpu = event.vcpu();
   if (!event.singleStep.failed) {
     vmi_event_t *handler = vmi.events.singleStepEvent(vcpu);
@@ -115,7 +114,7 @@ void singleStep(vmi_instance &vmi, const Event &event) {
 }
 
 /** Answers without any effect. */
-void letGo(vmi_instance &vmi, const Event &event) {
+void letGo(Instance &vmi, const Event &event) {
   switch (event.id()) {
     case wire::EventId::kPageFault:
       vmi.connection->answer(event.vcpu(), event.id(), event.sequence, wire::PageFaultReply{});
@@ -134,7 +133,7 @@ void letGo(vmi_instance &vmi, const Event &event) {
 /** Commands of callbacks may bring in events without end; whoever listens has other things to do, too. */
 constexpr size_t kMostFurtherEvents = 256;
 
-void dispatch(vmi_instance &vmi, const Event &event) {
+void dispatch(Instance &vmi, const Event &event) {
   // What vmi_resume_vm answers, be it asked for or not.
   if (event.id() == wire::EventId::kPauseVcpu)
     vmi.vcpus[event.vcpu()].pauseEvent = event.sequence;
@@ -150,19 +149,19 @@ void dispatch(vmi_instance &vmi, const Event &event) {
 
 }  // namespace
 
-void dispatchQueued(vmi_instance_t vmi) {
-  for (size_t left = vmi->connection->queuedEvents() + kMostFurtherEvents; left > 0; left--) {
-    const auto event = vmi->connection->nextEvent();
+void Instance::dispatchQueued() {
+  for (size_t left = connection->queuedEvents() + kMostFurtherEvents; left > 0; left--) {
+    const auto event = connection->nextEvent();
     if (!event) return;
-    dispatch(*vmi, *event);
+    dispatch(*this, *event);
   }
 }
 
-void letGoOutstanding(vmi_instance_t vmi) {
-  dispatchQueued(vmi);
-  for (unsigned vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
-    const auto event = vmi->connection->outstanding(vcpu);
-    if (event && event->id() != wire::EventId::kPauseVcpu) letGo(*vmi, *event);
+void letGoOutstanding(Instance &vmi) {
+  vmi.dispatchQueued();
+  for (unsigned vcpu = 0; vcpu < vmi.vcpuCount; vcpu++) {
+    const auto event = vmi.connection->outstanding(vcpu);
+    if (event && event->id() != wire::EventId::kPauseVcpu) letGo(vmi, *event);
   }
 }
 
@@ -172,11 +171,11 @@ using namespace kvmi;
 
 status_t vmi_events_listen(vmi_instance_t vmi, uint32_t timeout) {
   if (vmi == nullptr || !vmi->hasEvents() || vmi->inCallback || timeout > INT32_MAX) return VMI_FAILURE;
-  if (!vmi->connection->awaitEvent(Deadline(timeout))) return VMI_FAILURE;
-  dispatchQueued(vmi);
+  if (!kvmiOf(vmi).connection->awaitEvent(Deadline(timeout))) return VMI_FAILURE;
+  vmi->dispatchQueued();
   return clearDeferred(vmi);
 }
 
 int vmi_are_events_pending(vmi_instance_t vmi) {
-  return vmi != nullptr && vmi->hasEvents() ? static_cast<int>(vmi->connection->queuedEvents()) : -1;
+  return vmi != nullptr && vmi->hasEvents() ? static_cast<int>(kvmiOf(vmi).connection->queuedEvents()) : -1;
 }

@@ -1,40 +1,41 @@
 #pragma once
 
-#include <libvmi/libvmi.h>
+#include <libvmi/events.h>
 
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "../vmi/instance.h"
 #include "connection.h"
-#include "events.h"
-#include "page_cache.h"
-#include "translation_cache.h"
 
-/** One attached guest. */
-struct vmi_instance {
+namespace kvmi {
+
+using namespace vmi;
+
+struct Instance final : vmi_instance {
   struct Vcpu {
     /** The number of the event with which it reported that it stands still; resume answers it. */
     std::optional<uint32_t> pauseEvent;
     bool singleStepping = false;
   };
 
-  uint64_t initFlags = 0;
-  std::unique_ptr<kvmi::Connection> connection;
+  /** As libvmi does, whole pages are asked for, however little of them is needed. */
+  std::optional<Page> fetchPage(addr_t gfn) override;
+  bool writeWithinPage(addr_t pa, const void *from, size_t size) override;
+  bool trap(addr_t gfn, vmi_mem_access_t accesses, uint16_t view) override;
+  bool setSingleStep(uint32_t vcpu, bool enable) override;
+  void dispatchQueued() override;
+
+  std::unique_ptr<Connection> connection;
   std::vector<Vcpu> vcpus;
-  addr_t maxPhysicalAddress = 0;
-  page_mode_t pageMode = VMI_PM_UNKNOWN;
-  bool transitionPages = false;
-  unsigned pauseCount = 0;
-  bool inCallback = false;
   bool shuttingDown = false;
   /** Responses that KVM cannot carry out and that were complained about already. */
   event_response_t complainedResponses = 0;
-  kvmi::EventTables events;
-  kvmi::PageCache pages;
-  kvmi::TranslationCache translations;
-
-  bool hasEvents() const { return initFlags & VMI_INIT_EVENTS; }
-  bool hasVcpu(unsigned long vcpu) const { return vcpu < vcpus.size(); }
 };
+
+/** Every instance of this library is one. */
+inline Instance &kvmiOf(vmi_instance_t vmi) { return static_cast<Instance &>(*vmi); }
+
+}  // namespace kvmi

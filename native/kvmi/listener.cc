@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "log.h"
+#include "../vmi/log.h"
 
 namespace kvmi {
 namespace {
@@ -27,15 +27,15 @@ bool makeWay(const sockaddr_un &address) {
   struct stat status;
   if (lstat(address.sun_path, &status) != 0) return true;
   if (!S_ISSOCK(status.st_mode)) {
-    complain("%s exists and is not a socket", address.sun_path);
+    vmi::complain("%s exists and is not a socket", address.sun_path);
     return false;
   }
   if (somebodyListens(address)) {
-    complain("another program is waiting for the hypervisor on %s", address.sun_path);
+    vmi::complain("another program is waiting for the hypervisor on %s", address.sun_path);
     return false;
   }
   if (unlink(address.sun_path) != 0) {
-    complain("the old socket %s cannot be removed: %s", address.sun_path, strerror(errno));
+    vmi::complain("the old socket %s cannot be removed: %s", address.sun_path, strerror(errno));
     return false;
   }
   return true;
@@ -47,11 +47,11 @@ std::optional<Listener> Listener::open(const char *path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path == nullptr || path[0] == '\0' || strlen(path) >= sizeof address.sun_path) {
-    complain("a socket's path has 1 to %zu characters", sizeof address.sun_path - 1);
+    vmi::complain("a socket's path has 1 to %zu characters", sizeof address.sun_path - 1);
     return std::nullopt;
   }
   if (atoi(path) > 0) {
-    complain("%s begins with a number: libvmi takes that for a vsock port, and there is no vsock here", path);
+    vmi::complain("%s begins with a number: libvmi takes that for a vsock port, and there is no vsock here", path);
     return std::nullopt;
   }
   strcpy(address.sun_path, path);
@@ -59,13 +59,13 @@ std::optional<Listener> Listener::open(const char *path) {
 
   UniqueFd socket = newSocket();
   if (!socket || bind(socket.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) != 0) {
-    complain("the socket %s cannot be made: %s", path, strerror(errno));
+    vmi::complain("the socket %s cannot be made: %s", path, strerror(errno));
     return std::nullopt;
   }
   Listener listener(std::move(socket), path);
   // The hypervisor runs as a user of its own, and connecting takes write permission.
   if (chmod(path, 0666) != 0 || listen(listener.socket_.get(), 1) != 0) {
-    complain("the socket %s cannot be opened to the hypervisor: %s", path, strerror(errno));
+    vmi::complain("the socket %s cannot be opened to the hypervisor: %s", path, strerror(errno));
     return std::nullopt;
   }
   return listener;

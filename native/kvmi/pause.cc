@@ -1,6 +1,5 @@
-#include "dispatch.h"
+#include "../vmi/log.h"
 #include "instance.h"
-#include "log.h"
 
 namespace kvmi {
 namespace {
@@ -8,11 +7,11 @@ namespace {
 constexpr uint32_t kStopTimeoutMs = 10'000;
 
 /** Has events handled until the vCPU has reported that it stands still. */
-bool awaitStop(vmi_instance_t vmi, const vmi_instance::Vcpu &vcpu, const Deadline &deadline) {
+bool awaitStop(Instance &vmi, const Instance::Vcpu &vcpu, const Deadline &deadline) {
   while (!vcpu.pauseEvent) {
     // Inside a callback, the vCPU whose event is being handled cannot stop before the callback returns.
-    if (vmi->inCallback || deadline.passed() || !vmi->connection->awaitEvent(deadline)) return false;
-    dispatchQueued(vmi);
+    if (vmi.inCallback || deadline.passed() || !vmi.connection->awaitEvent(deadline)) return false;
+    vmi.dispatchQueued();
   }
   return true;
 }
@@ -24,7 +23,7 @@ using namespace kvmi;
 
 status_t vmi_pause_vm(vmi_instance_t vmi) {
   if (vmi == nullptr) return VMI_FAILURE;
-  if (vmi->pauseCount == 0 && !vmi->connection->pauseAll()) return VMI_FAILURE;
+  if (vmi->pauseCount == 0 && !kvmiOf(vmi).connection->pauseAll()) return VMI_FAILURE;
   vmi->pauseCount++;
   return VMI_SUCCESS;
 }
@@ -36,17 +35,18 @@ status_t vmi_resume_vm(vmi_instance_t vmi) {
     vmi->pauseCount--;
     return VMI_SUCCESS;
   }
+  Instance &kvmi = kvmiOf(vmi);
   const Deadline deadline(kStopTimeoutMs);
   // All or none: after a failure the guest must not be half awake and yet count as paused.
-  for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
-    if (!awaitStop(vmi, vmi->vcpus[index], deadline)) {
+  for (unsigned index = 0; index < kvmi.vcpuCount; index++) {
+    if (!awaitStop(kvmi, kvmi.vcpus[index], deadline)) {
       complain("vCPU %u did not stop, so the guest cannot be resumed", index);
       return VMI_FAILURE;
     }
   }
-  for (unsigned index = 0; index < vmi->vcpus.size(); index++) {
-    vmi_instance::Vcpu &vcpu = vmi->vcpus[index];
-    if (!vmi->connection->answer(index, wire::EventId::kPauseVcpu, *vcpu.pauseEvent)) return VMI_FAILURE;
+  for (unsigned index = 0; index < kvmi.vcpuCount; index++) {
+    Instance::Vcpu &vcpu = kvmi.vcpus[index];
+    if (!kvmi.connection->answer(index, wire::EventId::kPauseVcpu, *vcpu.pauseEvent)) return VMI_FAILURE;
     vcpu.pauseEvent.reset();
   }
   vmi->pauseCount = 0;

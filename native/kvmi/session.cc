@@ -1,7 +1,9 @@
+#include "../vmi/log.h"
 #include "dispatch.h"
 #include "instance.h"
 #include "listener.h"
-#include "log.h"
+
+const char *const vmi::kLibraryName = "kvmi";
 
 namespace kvmi {
 namespace {
@@ -36,20 +38,21 @@ std::unique_ptr<Connection> connect(const vmi_init_data_t *data) {
   return nullptr;
 }
 
-bool countVcpus(vmi_instance &vmi) {
+bool countVcpus(Instance &vmi) {
   wire::GuestInfo info;
   if (!vmi.connection->request(wire::MessageId::kGetGuestInfo, {}, &info, sizeof info)) return false;
   if (info.vcpuCount < 1 || info.vcpuCount > kMaxVcpus) {
     complain("a guest with %u vCPUs", info.vcpuCount);
     return false;
   }
+  vmi.vcpuCount = info.vcpuCount;
   vmi.vcpus.resize(info.vcpuCount);
   vmi.connection->expectVcpus(info.vcpuCount);
   return true;
 }
 
-bool controlSessionEvents(vmi_instance &vmi, bool enable) {
-  for (size_t vcpu = 0; vcpu < vmi.vcpus.size(); vcpu++) {
+bool controlSessionEvents(Instance &vmi, bool enable) {
+  for (size_t vcpu = 0; vcpu < vmi.vcpuCount; vcpu++) {
     for (const wire::EventId id : kSessionEvents) {
       wire::VcpuHeader header{};
       header.vcpu = static_cast<uint16_t>(vcpu);
@@ -62,7 +65,7 @@ bool controlSessionEvents(vmi_instance &vmi, bool enable) {
   return true;
 }
 
-bool measureMemory(vmi_instance &vmi) {
+bool measureMemory(Instance &vmi) {
   uint64_t frames;
   if (!vmi.connection->request(wire::MessageId::kGetMaxGfn, {}, &frames, sizeof frames)) return false;
   if (frames > kMaxFrames) {
@@ -90,7 +93,7 @@ status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *domain, uint
   if (mode != VMI_KVM) return VMI_FAILURE;
   if (!namesOneGuest(domain, init_flags)) return fail(VMI_INIT_ERROR_VM_NOT_FOUND);
 
-  auto instance = std::make_unique<vmi_instance>();
+  auto instance = std::make_unique<Instance>();
   instance->initFlags = init_flags;
   instance->connection = connect(init_data);
   if (!instance->connection || !countVcpus(*instance) ||
@@ -102,12 +105,13 @@ status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *domain, uint
 
 status_t vmi_destroy(vmi_instance_t vmi) {
   if (vmi == nullptr || vmi->inCallback) return VMI_FAILURE;
-  vmi->shuttingDown = true;
+  Instance &kvmi = kvmiOf(vmi);
+  kvmi.shuttingDown = true;
   if (vmi->hasEvents()) {
     if (vmi->pauseCount == 0) vmi_pause_vm(vmi);
     stopSingleSteps(vmi);
-    controlSessionEvents(*vmi, false);
-    letGoOutstanding(vmi);
+    controlSessionEvents(kvmi, false);
+    letGoOutstanding(kvmi);
   }
   // However often it was paused: nobody is left to resume it.
   if (vmi->pauseCount > 0) {
@@ -119,10 +123,6 @@ status_t vmi_destroy(vmi_instance_t vmi) {
   return VMI_SUCCESS;
 }
 
-unsigned int vmi_get_num_vcpus(vmi_instance_t vmi) { return vmi == nullptr ? 0 : vmi->vcpus.size(); }
-
-uint64_t vmi_get_memsize(vmi_instance_t vmi) { return vmi_get_max_physical_address(vmi); }
-
 addr_t vmi_get_max_physical_address(vmi_instance_t vmi) {
-  return vmi != nullptr && measureMemory(*vmi) ? vmi->maxPhysicalAddress : 0;
+  return vmi != nullptr && measureMemory(kvmiOf(vmi)) ? vmi->maxPhysicalAddress : 0;
 }

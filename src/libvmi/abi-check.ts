@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { MemtablesError } from '../errors.js';
 import * as abi from './abi.js';
 
-const ASSERTIONS = new URL('../../native/kvmi/test/abi_check.c', import.meta.url);
+const ASSERTIONS = new URL('../../native/vmi/test/abi_check.c', import.meta.url);
 
 /** libvmi's names, where they are not ours. */
 const C_REGISTERS: Readonly<Record<string, string>> = {

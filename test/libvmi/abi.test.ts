@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { checkAbi } from '../../src/libvmi/abi-check.js';
 
-const OURS = fileURLToPath(new URL('../../native/kvmi/include', import.meta.url));
+const OURS = fileURLToPath(new URL('../../native/vmi/include', import.meta.url));
 const SCRIPT = fileURLToPath(new URL('../../scripts/check-abi.mjs', import.meta.url));
 
 /** The headers of a private installation: those named, or those beside the library under test. */

@@ -8,7 +8,7 @@
 
 #include "page_cache.h"
 
-namespace kvmi {
+namespace vmi {
 
 /** Translations that were found, by page table and page. As in libvmi they do not age: who needs them new flushes. */
 class TranslationCache {
@@ -55,4 +55,4 @@ class TranslationCache {
   size_t size_ = 0;
 };
 
-}  // namespace kvmi
+}  // namespace vmi

@@ -6,21 +6,11 @@
 #include "instance.h"
 #include "paging.h"
 
-namespace kvmi {
+namespace vmi {
 namespace {
 
-/** As libvmi does, whole pages are asked for, however little of them is needed. */
-std::optional<Page> fetchPage(vmi_instance &vmi, addr_t gfn) {
-  const wire::PhysicalRange range{gfn << kPageShift, kPageSize};
-  std::optional<Page> page(std::in_place);
-  if (!vmi.connection->request(wire::MessageId::kReadPhysical, {range}, page->data(), page->size())) page.reset();
-  return page;
-}
-
-/** How far memory reaches is left to the hypervisor here, as libvmi leaves it. */
 bool writeWithinPage(vmi_instance &vmi, addr_t pa, const void *from, size_t size) {
-  const wire::PhysicalRange range{pa, size};
-  if (!vmi.connection->request(wire::MessageId::kWritePhysical, {range, Bytes(from, size)})) return false;
+  if (!vmi.writeWithinPage(pa, from, size)) return false;
   vmi.pages.drop(pa >> kPageShift);
   return true;
 }
@@ -70,15 +60,15 @@ access_context_t physical(addr_t pa) {
 bool readWithinPage(vmi_instance_t vmi, addr_t pa, void *to, size_t size) {
   const addr_t gfn = pa >> kPageShift;
   if (gfn >= vmi->maxPhysicalAddress >> kPageShift) return false;
-  const Page *page = vmi->pages.get(gfn, [vmi](addr_t wanted) { return fetchPage(*vmi, wanted); });
+  const Page *page = vmi->pages.get(gfn, [vmi](addr_t wanted) { return vmi->fetchPage(wanted); });
   if (page == nullptr) return false;
   memcpy(to, page->data() + (pa & kPageOffsetMask), size);
   return true;
 }
 
-}  // namespace kvmi
+}  // namespace vmi
 
-using namespace kvmi;
+using namespace vmi;
 
 status_t vmi_read(vmi_instance_t vmi, const access_context_t *ctx, size_t count, void *buf, size_t *done) {
   return eachPage(vmi, ctx, count, buf, done, [=](addr_t pa, size_t offset, size_t size) {
@@ -101,6 +91,10 @@ status_t vmi_write_pa(vmi_instance_t vmi, addr_t paddr, size_t count, void *buf,
   const access_context_t context = physical(paddr);
   return vmi_write(vmi, &context, count, buf, done);
 }
+
+unsigned int vmi_get_num_vcpus(vmi_instance_t vmi) { return vmi == nullptr ? 0 : vmi->vcpuCount; }
+
+uint64_t vmi_get_memsize(vmi_instance_t vmi) { return vmi_get_max_physical_address(vmi); }
 
 void vmi_pagecache_flush(vmi_instance_t vmi) {
   if (vmi != nullptr) vmi->pages.clear();

@@ -3,7 +3,7 @@
 #include "instance.h"
 #include "memory.h"
 
-namespace kvmi {
+namespace vmi {
 namespace {
 
 constexpr addr_t kPresent = 1;
@@ -99,9 +99,9 @@ bool translate(vmi_instance_t vmi, page_mode_t mode, addr_t root, addr_t va, add
   return true;
 }
 
-}  // namespace kvmi
+}  // namespace vmi
 
-using namespace kvmi;
+using namespace vmi;
 
 page_mode_t vmi_init_paging(vmi_instance_t vmi, uint64_t flags) {
   if (vmi == nullptr) return VMI_PM_UNKNOWN;

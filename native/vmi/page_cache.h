@@ -9,7 +9,7 @@
 #include <optional>
 #include <unordered_map>
 
-namespace kvmi {
+namespace vmi {
 
 constexpr unsigned kPageShift = 12;
 constexpr size_t kPageSize = size_t{1} << kPageShift;
@@ -75,4 +75,4 @@ class PageCache {
   std::list<addr_t> order_;
 };
 
-}  // namespace kvmi
+}  // namespace vmi

@@ -3,7 +3,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-namespace kvmi {
+namespace vmi {
 
 void complain(const char *format, ...) {
   char line[512];
@@ -11,7 +11,7 @@ void complain(const char *format, ...) {
   va_start(arguments, format);
   vsnprintf(line, sizeof line, format, arguments);
   va_end(arguments);
-  fprintf(stderr, "kvmi: %s\n", line);
+  fprintf(stderr, "%s: %s\n", kLibraryName, line);
 }
 
-}  // namespace kvmi
+}  // namespace vmi

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
 #include "instance.h"
 #include "log.h"
 
-namespace kvmi {
+namespace vmi {
 
 vmi_event_t *EventTables::memoryEvent(addr_t gfn, vmi_mem_access_t access) const {
   const auto found = byFrame.find(gfn);
@@ -30,38 +29,28 @@ bool selects(const vmi_event_t *event, uint32_t vcpu) {
   return vcpu < MAX_SINGLESTEP_VCPUS && (event->ss_event.vcpus >> vcpu & 1);
 }
 
-/** What KVM is to permit, for what the caller wants trapped. */
-std::optional<uint8_t> permissions(vmi_mem_access_t trapped) {
-  switch (trapped) {
+bool canBeTrapped(vmi_mem_access_t access) {
+  switch (access) {
     case VMI_MEMACCESS_N:
-      return wire::kAccessAll;
     case VMI_MEMACCESS_W:
     case VMI_MEMACCESS_X:
     case VMI_MEMACCESS_RW:
     case VMI_MEMACCESS_WX:
     case VMI_MEMACCESS_RWX:
-      return wire::kAccessAll & ~(trapped >> 1);
+      return true;
     case VMI_MEMACCESS_R:
     case VMI_MEMACCESS_RX:
       complain("trapping reads but not writes is unsupported by EPT: use VMI_MEMACCESS_RW");
-      return std::nullopt;
+      return false;
     default:
-      complain("0x%x is not an access that can be trapped", trapped);
-      return std::nullopt;
+      complain("0x%x is not an access that can be trapped", access);
+      return false;
   }
 }
 
 status_t trap(vmi_instance_t vmi, addr_t gfn, vmi_mem_access_t access, uint16_t view) {
-  const auto permitted = permissions(access);
-  if (!permitted || gfn > kMaxFrame) return VMI_FAILURE;
-  wire::SetPageAccess command{};
-  command.view = view;
-  command.count = 1;
-  wire::PageAccess page{};
-  page.gpa = gfn << kPageShift;
-  page.access = *permitted;
-  if (!vmi->connection->request(wire::MessageId::kSetPageAccess, {command, page})) return VMI_FAILURE;
-  return VMI_SUCCESS;
+  if (!canBeTrapped(access) || gfn > kMaxFrame) return VMI_FAILURE;
+  return vmi->trap(gfn, access, view) ? VMI_SUCCESS : VMI_FAILURE;
 }
 
 /** As libvmi concludes: the hypervisor has accepted the frame, so memory reaches up to it. */
@@ -93,9 +82,9 @@ status_t registerOnFrame(vmi_instance_t vmi, vmi_event_t *event) {
 status_t startSingleSteps(vmi_instance_t vmi, const vmi_event_t *event) {
   if (event->ss_event.vcpus == 0) return VMI_FAILURE;
   if (!event->ss_event.enable) return VMI_SUCCESS;
-  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++) {
     if (!selects(event, vcpu) || controlSingleStep(vmi, vcpu, true) == VMI_SUCCESS) continue;
-    for (uint32_t selected = 0; selected < vmi->vcpus.size(); selected++)
+    for (uint32_t selected = 0; selected < vmi->vcpuCount; selected++)
       if (selects(event, selected)) controlSingleStep(vmi, selected, false);
     return VMI_FAILURE;
   }
@@ -104,10 +93,10 @@ status_t startSingleSteps(vmi_instance_t vmi, const vmi_event_t *event) {
 
 status_t registerSingleStep(vmi_instance_t vmi, vmi_event_t *event) {
   EventTables &events = vmi->events;
-  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++)
     if (selects(event, vcpu) && events.singleStepEvent(vcpu) != nullptr) return VMI_FAILURE;
   if (startSingleSteps(vmi, event) != VMI_SUCCESS) return VMI_FAILURE;
-  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++)
     if (selects(event, vcpu)) events.singleStep[vcpu] = event;
   return VMI_SUCCESS;
 }
@@ -127,7 +116,7 @@ status_t clearMemory(vmi_instance_t vmi, vmi_event_t *event) {
 status_t clearSingleStep(vmi_instance_t vmi, vmi_event_t *event) {
   auto &owners = vmi->events.singleStep;
   status_t status = VMI_FAILURE;
-  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++) {
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++) {
     if (!selects(event, vcpu)) continue;
     status = controlSingleStep(vmi, vcpu, false);
     if (status == VMI_SUCCESS) owners.erase(vcpu);
@@ -179,19 +168,11 @@ bool startCounting(vmi_instance_t vmi, uint32_t vcpu) {
 }  // namespace
 
 status_t controlSingleStep(vmi_instance_t vmi, uint32_t vcpu, bool enable) {
-  if (!vmi->hasVcpu(vcpu)) return VMI_FAILURE;
-  wire::VcpuHeader header{};
-  header.vcpu = static_cast<uint16_t>(vcpu);
-  wire::ControlSingleStep command{};
-  command.enable = enable;
-  const bool done = vmi->connection->request(wire::MessageId::kControlSingleStep, {header, command});
-  bool &singleStepping = vmi->vcpus[vcpu].singleStepping;
-  singleStepping = done ? enable : singleStepping && !enable;
-  return done ? VMI_SUCCESS : VMI_FAILURE;
+  return vmi->hasVcpu(vcpu) && vmi->setSingleStep(vcpu, enable) ? VMI_SUCCESS : VMI_FAILURE;
 }
 
 void stopSingleSteps(vmi_instance_t vmi) {
-  for (uint32_t vcpu = 0; vcpu < vmi->vcpus.size(); vcpu++)
+  for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++)
     if (controlSingleStep(vmi, vcpu, false) != VMI_SUCCESS) return;
 }
 
@@ -199,8 +180,8 @@ status_t clearDeferred(vmi_instance_t vmi) {
   auto &clears = vmi->events.clears;
   if (clears.empty()) return VMI_SUCCESS;
   if (vmi_pause_vm(vmi) != VMI_SUCCESS) return VMI_FAILURE;
-  // All that was raised before the pause was on the wire before its reply, and may belong to an event to be cleared.
-  dispatchQueued(vmi);
+  // All that was raised before the pause is queued by now, and may belong to an event to be cleared.
+  vmi->dispatchQueued();
   while (!clears.empty()) {
     const auto [event, freeRoutine] = clears.front();
     clears.erase(clears.begin());
@@ -215,9 +196,9 @@ void releaseDeferred(vmi_instance_t vmi) {
   vmi->events.clears.clear();
 }
 
-}  // namespace kvmi
+}  // namespace vmi
 
-using namespace kvmi;
+using namespace vmi;
 
 uint32_t vmi_events_version(void) { return VMI_EVENTS_VERSION; }
 
@@ -272,7 +253,7 @@ status_t vmi_set_mem_event(vmi_instance_t vmi, addr_t gfn, vmi_mem_access_t acce
 status_t vmi_step_event(vmi_instance_t vmi, vmi_event_t *event, uint32_t vcpu_id, uint64_t steps, event_callback_t cb) {
   if (vmi == nullptr || event == nullptr || !vmi->hasEvents() || steps == 0) return VMI_FAILURE;
   // libvmi takes one number too many for a vCPU's, and so does this; the callback never runs then.
-  if (vcpu_id > vmi->vcpus.size() || vcpu_id >= MAX_SINGLESTEP_VCPUS) return VMI_FAILURE;
+  if (vcpu_id > vmi->vcpuCount || vcpu_id >= MAX_SINGLESTEP_VCPUS) return VMI_FAILURE;
   if (!startCounting(vmi, vcpu_id)) return VMI_FAILURE;
   vmi->events.countdowns.push_back({event, vcpu_id, steps, cb});
   return VMI_SUCCESS;

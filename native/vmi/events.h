@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-namespace kvmi {
+namespace vmi {
 
 /** What the caller watches. Events are the caller's; here are only pointers to them. */
 struct EventTables {
@@ -48,4 +48,4 @@ status_t controlSingleStep(vmi_instance_t vmi, uint32_t vcpu, bool enable);
 /** On every vCPU, until one refuses. */
 void stopSingleSteps(vmi_instance_t vmi);
 
-}  // namespace kvmi
+}  // namespace vmi
