@@ -193,7 +193,14 @@ const steps = [
   {
     name: 'native',
     what: 'building the native parts (about a minute)',
-    inputs: ['binding.gyp', 'native/machine', 'native/vmi', 'native/kvmi', 'native/libvirt-stub', 'native/handlers'],
+    inputs: [
+      'binding.gyp',
+      'native/machine',
+      'native/vmi',
+      'native/kvmi',
+      'native/libvirt-stub',
+      'native/handlers',
+    ],
     salt: process.versions.modules,
     outputs: [
       'build/Release/machine.node',
