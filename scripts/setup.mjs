@@ -156,6 +156,42 @@ function buildNative() {
   );
 }
 
+/** Where Debian's libxen-dev lies: unpacked below this folder, or installed (then the compiler finds it by itself). */
+const XEN_PREFIX = process.env.MEMTABLES_XEN_PREFIX || '/';
+const HAS_XEN = existsSync(join(XEN_PREFIX, 'usr/include/xenctrl.h'));
+const XEN_LIBRARY = 'build/Release/xen.so';
+
+function buildForXen() {
+  const libraries = join(XEN_PREFIX, 'usr/lib/x86_64-linux-gnu');
+  const unpacked = [
+    `-L${libraries}`,
+    `-Wl,-rpath-link,${libraries}`,
+    '-isystem',
+    join(XEN_PREFIX, 'usr/include'),
+  ];
+  mkdirSync(dirname(XEN_LIBRARY), { recursive: true });
+  run(
+    'c++',
+    [
+      // Xen's headers need GNU's extensions.
+      ...[
+        '-std=gnu++17',
+        '-O2',
+        '-Wall',
+        '-Wextra',
+        '-fPIC',
+        '-fvisibility=hidden',
+        '-shared',
+        '-Wl,-z,defs',
+      ],
+      ...['-I', 'native/vmi/include', ...(XEN_PREFIX === '/' ? [] : unpacked)],
+      ...['native/vmi', 'native/xen'].flatMap(filesBelow).filter((file) => file.endsWith('.cc')),
+      ...['-lxenctrl', '-lxenforeignmemory', '-lxenevtchn', '-lxenstore', '-o', XEN_LIBRARY],
+    ],
+    "see the compiler's message above; Xen 4.17's headers and libraries are needed (Debian: apt-get install libxen-dev)",
+  );
+}
+
 function buildGuest() {
   run(process.execPath, ['scripts/build-guest.mjs', 'build/guest']);
 }
@@ -212,6 +248,16 @@ const steps = [
     run: buildNative,
   },
   {
+    name: 'xen',
+    what: HAS_XEN
+      ? 'building the library for Xen (about 10 s)'
+      : 'no library for Xen: libxen-dev is missing (Debian: apt-get install libxen-dev; or unpack it and name the folder in MEMTABLES_XEN_PREFIX)',
+    inputs: HAS_XEN ? ['native/xen', 'native/vmi'] : [],
+    salt: HAS_XEN ? XEN_PREFIX : 'none',
+    outputs: HAS_XEN ? [XEN_LIBRARY] : [],
+    run: HAS_XEN ? buildForXen : undefined,
+  },
+  {
     name: 'guest',
     what: 'building the guest kernel',
     inputs: ['native/guest', 'scripts/build-guest.mjs'],
@@ -255,10 +301,10 @@ function main() {
     const started = Date.now();
     // Until it has succeeded again, what the last success left behind does not count.
     saveStamps({ ...stamps, [step.name]: undefined });
-    step.run();
+    step.run?.();
     stamps[step.name] = stamp;
     saveStamps(stamps);
-    say(`${step.name} done in ${((Date.now() - started) / 1000).toFixed(1)} s`);
+    if (step.run) say(`${step.name} done in ${((Date.now() - started) / 1000).toFixed(1)} s`);
   }
 }
 

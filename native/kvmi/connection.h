@@ -7,11 +7,13 @@
 #include <optional>
 #include <vector>
 
-#include "deadline.h"
+#include "../vmi/deadline.h"
 #include "unique_fd.h"
 #include "wire.h"
 
 namespace kvmi {
+
+using vmi::Deadline;
 
 /** A piece of an outgoing message. */
 struct Bytes {

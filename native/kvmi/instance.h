@@ -25,6 +25,7 @@ struct Instance final : vmi_instance {
   std::optional<Page> fetchPage(addr_t gfn) override;
   bool writeWithinPage(addr_t pa, const void *from, size_t size) override;
   bool trap(addr_t gfn, vmi_mem_access_t accesses, uint16_t view) override;
+  bool prepareSingleSteps() override { return true; }
   bool setSingleStep(uint32_t vcpu, bool enable) override;
   void dispatchQueued() override;
 

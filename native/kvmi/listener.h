@@ -3,10 +3,12 @@
 #include <optional>
 #include <string>
 
-#include "deadline.h"
+#include "../vmi/deadline.h"
 #include "unique_fd.h"
 
 namespace kvmi {
+
+using vmi::Deadline;
 
 /** The unix socket on which the hypervisor connects. It is taken away again with the listener. */
 class Listener {

@@ -95,7 +95,7 @@ status_t registerSingleStep(vmi_instance_t vmi, vmi_event_t *event) {
   EventTables &events = vmi->events;
   for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++)
     if (selects(event, vcpu) && events.singleStepEvent(vcpu) != nullptr) return VMI_FAILURE;
-  if (startSingleSteps(vmi, event) != VMI_SUCCESS) return VMI_FAILURE;
+  if (!vmi->prepareSingleSteps() || startSingleSteps(vmi, event) != VMI_SUCCESS) return VMI_FAILURE;
   for (uint32_t vcpu = 0; vcpu < vmi->vcpuCount; vcpu++)
     if (selects(event, vcpu)) events.singleStep[vcpu] = event;
   return VMI_SUCCESS;

@@ -20,6 +20,8 @@ struct vmi_instance {
   virtual bool writeWithinPage(addr_t pa, const void *from, size_t size) = 0;
   /** Has these accesses to a frame reported, an EPT entry permitting; VMI_MEMACCESS_N gives it all permissions back. */
   virtual bool trap(addr_t gfn, vmi_mem_access_t accesses, uint16_t view) = 0;
+  /** Before vCPUs are stepped, also by answers to events; false where the hypervisor cannot. */
+  virtual bool prepareSingleSteps() = 0;
   virtual bool setSingleStep(uint32_t vcpu, bool enable) = 0;
   /** Handles what is queued until nothing is, also what callbacks cause to be queued. */
   virtual void dispatchQueued() = 0;

@@ -23,6 +23,10 @@ export interface Answering {
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response;
   /** The answer that lets an access go through on what memory holds. */
   completed(violation: Violation): Response;
+  /** Does without single steps, which the hypervisor does not offer; false if that is not possible. */
+  doWithoutSteps(): boolean;
+  /** Looks whether what is busy is through, where no event tells. Not to be called from a callback. */
+  look(): void;
   /** The answer to a single step. */
   stepped(vcpu: number): Response;
   /** Ends what is busy, also if the event that should have ended it never came. */
@@ -53,6 +57,12 @@ export class KvmAnswering implements Answering {
   completed(): Response {
     return { flags: abi.RESPONSE_NONE };
   }
+
+  doWithoutSteps(): boolean {
+    return false;
+  }
+
+  look(): void {}
 
   stepped(): Response {
     return { flags: abi.RESPONSE_NONE };

@@ -51,9 +51,14 @@ export class SessionEvents {
     this.#readData.bytes[abi.READ_DATA.dontFree] = 1;
   }
 
-  /** Each `vmi_event_t` to register. */
-  get addresses(): readonly bigint[] {
-    return [this.#violation.address, this.#singleStep.address];
+  /** The `vmi_event_t` of violations, to be registered. */
+  get violation(): bigint {
+    return this.#violation.address;
+  }
+
+  /** That of single steps. */
+  get singleStep(): bigint {
+    return this.#singleStep.address;
   }
 
   setHandler(handler: ViolationHandler | undefined, hidden: HiddenMemory | undefined): void {

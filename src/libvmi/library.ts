@@ -20,24 +20,28 @@ export interface Candidate {
 
 export const LIBRARY_VARIABLE = 'MEMTABLES_LIBVMI';
 
-/** Where the build leaves the bundled library; the same from `src/` and from `dist/`. */
-const BUNDLED_LIBRARY = fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url));
+type HypervisorName = 'kvm' | 'xen';
+
+/** Where the build leaves the bundled libraries; the same from `src/` and from `dist/`. */
+const BUNDLED_LIBRARIES: Readonly<Record<HypervisorName, string>> = {
+  kvm: fileURLToPath(new URL('../../build/Release/kvmi.so', import.meta.url)),
+  xen: fileURLToPath(new URL('../../build/Release/xen.so', import.meta.url)),
+};
 
 /** Looked up by the dynamic linker: libvmi's SONAME, then the name that only a package for developers installs. */
 const INSTALLED_LIBRARIES = ['libvmi.so.0', 'libvmi.so'];
 
 /**
  * Loads a library with libvmi's C ABI: the one at `path` and no other, else the one that `MEMTABLES_LIBVMI` names and
- * no other, else the first that can be used of the bundled one (which is for KVM only) and an installed libvmi. A path
+ * no other, else the first that can be used of the bundled one for this hypervisor and an installed libvmi. A path
  * without a slash is looked up as the dynamic linker does.
  *
  * @throws MemtablesError `LIBRARY_NOT_LOADED` when there is none, `LIBRARY_INCOMPATIBLE` when the one that was named
  * has another event layout or lacks a function; `context.candidates` tells of each that was looked at
  */
-export function loadLibvmi(path: string | undefined, hypervisor: 'kvm' | 'xen' = 'kvm'): Libvmi {
+export function loadLibvmi(path: string | undefined, hypervisor: HypervisorName = 'kvm'): Libvmi {
   const named = path ?? (process.env[LIBRARY_VARIABLE] || undefined);
-  const bundled = hypervisor === 'kvm' ? [BUNDLED_LIBRARY] : [];
-  const paths = named === undefined ? [...bundled, ...INSTALLED_LIBRARIES] : [named];
+  const paths = named === undefined ? [BUNDLED_LIBRARIES[hypervisor], ...INSTALLED_LIBRARIES] : [named];
   const candidates: Candidate[] = [];
   let loaded = false;
   for (const candidate of paths) {
@@ -56,13 +60,12 @@ export function loadLibvmi(path: string | undefined, hypervisor: 'kvm' | 'xen' =
   );
 }
 
-function whereToGetOne(hypervisor: 'kvm' | 'xen'): string {
-  const setUp =
-    hypervisor === 'kvm' ? 'Run `npm run setup`, which builds the bundled one, or install' : 'Install';
-  return `${setUp} ${needed(hypervisor)}, where the dynamic linker finds it, or name it with --libvmi or ${LIBRARY_VARIABLE}.`;
+function whereToGetOne(hypervisor: HypervisorName): string {
+  const where = { kvm: '', xen: ' where libxen-dev is installed' }[hypervisor];
+  return `Run \`npm run setup\`, which builds the bundled one${where}, or install ${needed(hypervisor)}, where the dynamic linker finds it, or name it with --libvmi or ${LIBRARY_VARIABLE}.`;
 }
 
-function whatToCheck(path: string, loaded: boolean, hypervisor: 'kvm' | 'xen'): string {
+function whatToCheck(path: string, loaded: boolean, hypervisor: HypervisorName): string {
   if (loaded) return `Name ${needed(hypervisor)}, or none.`;
   return (
     `Check --libvmi and ${LIBRARY_VARIABLE}${orHere(path)}, and that the libraries it needs can be found (ldd); ` +
@@ -70,7 +73,7 @@ function whatToCheck(path: string, loaded: boolean, hypervisor: 'kvm' | 'xen'): 
   );
 }
 
-function needed(hypervisor: 'kvm' | 'xen'): string {
+function needed(hypervisor: HypervisorName): string {
   const driver = { kvm: 'KVM', xen: 'Xen' }[hypervisor];
   return `libvmi 0.15 (events version ${EVENTS_VERSION}), built with its ${driver} driver and events`;
 }

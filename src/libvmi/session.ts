@@ -71,7 +71,9 @@ export class LibvmiSession implements Hypervisor {
     if ((cr4 & CR4_LA57) !== 0n) throw unsupportedPaging({ pageMode: mode, cr4 });
     if (this.vcpuCount > this.#answering.mostVcpus)
       throw tooManyVcpus(this.vcpuCount, this.#answering.mostVcpus);
-    for (const address of this.#events.addresses) this.#check('vmi_register_event', address);
+    this.#check('vmi_register_event', this.#events.violation);
+    const steps = this.#call('vmi_register_event', this.#events.singleStep) === abi.STATUS_SUCCESS;
+    if (!steps && !this.#answering.doWithoutSteps()) this.#fail('vmi_register_event');
   }
 
   readPhysical(gpa: Gpa, length: number): Uint8Array {
@@ -181,6 +183,7 @@ export class LibvmiSession implements Hypervisor {
     const status = this.#calls.waitingCall(timeoutMs, 'vmi_events_listen', this.#instance, timeoutMs);
     this.#events.rethrow();
     if (status !== abi.STATUS_SUCCESS) this.#fail('vmi_events_listen');
+    this.#answering.look();
     return this.#events.answered - before;
   }
 
@@ -226,6 +229,8 @@ export class LibvmiSession implements Hypervisor {
       write: (gpa, bytes) => this.#check('vmi_write_pa', gpa, bytes.length, bytes, null),
       trap: (gfn, access) => this.#setTrappedAccess(gfn, access),
       translate: (pageTable, gva) => this.translate(pageTable, gva),
+      registers: (vcpu) => this.registers(vcpu),
+      trapped: () => [...this.#trapped],
     };
   }
 

@@ -1,6 +1,7 @@
 import { type Gfn, type Gpa, type Gva, gfnOf, gpaOfFrame, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 import type { HiddenMemory, HiddenPiece, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
 import { MAX_INSTRUCTION_LENGTH } from '../x86/instruction.js';
+import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
 import type { Answering, Response, TrappedAccess } from './answering.js';
 
@@ -16,10 +17,14 @@ export interface GuestControl {
   /** @param access bits of `vmi_mem_access_t` */
   trap(gfn: Gfn, access: number): void;
   translate(pageTable: bigint, gva: Gva): Gpa | undefined;
+  registers(vcpu: number): Pick<Registers, 'rip' | 'rcx'>;
+  /** The frames whose reads are violations, as the session's user wants it. */
+  trapped(): readonly Gfn[];
 }
 
 /** Lets the access fault again. */
 const AGAIN: Response = { flags: abi.RESPONSE_NONE };
+const EVERY_ACCESS = abi.ACCESS_READ | abi.ACCESS_WRITE | abi.ACCESS_EXECUTE;
 const TOGGLE_STEP: Response = { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
 
 /**
@@ -30,12 +35,17 @@ const TOGGLE_STEP: Response = { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
  * An instruction with several reads, and a read that crosses a page, are therefore not answered with data. The
  * original bytes of the frame are put into memory for one single step; meanwhile no other vCPU may execute there: it
  * faults again and again until the step is over. At most one vCPU is in such a step.
+ *
+ * Where the processor has no monitor trap flag, Xen cannot step. Then the instruction is emulated, in one go whatever
+ * it reads: with the original bytes of all frames in memory, and no vCPU with any access to these. That it is through is
+ * seen by the vCPU's registers, or by its next event.
  */
 export class XenAnswering implements Answering {
   readonly mostVcpus = abi.MAX_STEPPED_VCPUS;
   hidden: HiddenMemory | undefined;
   accepting = true;
   #step: Step | undefined;
+  #canStep = true;
 
   constructor(private readonly guest: GuestControl) {}
 
@@ -45,6 +55,8 @@ export class XenAnswering implements Answering {
 
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response {
     const { vcpu, rip, read, write } = violation;
+    // What was emulated is through.
+    if (!this.#canStep && this.#step?.vcpu === vcpu) this.end();
     const stepping = this.#step?.vcpu === vcpu;
     // Its step could not be made now, and what it reads may change before it runs again.
     if (this.guest.isPaused() || !(this.accepting || stepping)) return AGAIN;
@@ -63,6 +75,18 @@ export class XenAnswering implements Answering {
 
   completed(violation: Violation): Response {
     return violation.read || violation.write ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
+  }
+
+  doWithoutSteps(): boolean {
+    this.#canStep = false;
+    return true;
+  }
+
+  look(): void {
+    const step = this.#step;
+    if (step === undefined || this.#canStep) return;
+    const { rip, rcx } = this.guest.registers(step.vcpu);
+    if (rip !== step.rip || rcx !== step.rcx) this.end();
   }
 
   /** That an event comes says that stepping is on, also where its step was given up. */
@@ -87,33 +111,34 @@ export class XenAnswering implements Answering {
   #stepOver(violation: TrappedAccess): Response {
     const { vcpu, rip } = violation;
     const begins = this.#step === undefined;
-    this.#step ??= { vcpu, rip, shown: new Map() };
+    this.#step ??= { vcpu, rip, rcx: violation.register('rcx'), shown: new Map() };
+    const code = this.#codeAt(violation.pageTable, rip);
+    const frames = this.#canStep ? [gfnOf(violation.gpa)] : this.guest.trapped();
     try {
-      this.#show(violation, this.#step);
+      this.guest.whilePaused(() => {
+        for (const gfn of frames) this.#show(gfn, code, this.#step!);
+      });
     } catch (error) {
       this.end();
       throw error;
     }
+    if (!this.#canStep) return { flags: abi.RESPONSE_EMULATE };
     return begins ? TOGGLE_STEP : AGAIN;
   }
 
-  /** Puts the original bytes of the frame that was read into memory. */
-  #show({ gpa, rip, pageTable }: TrappedAccess, { shown }: Step): void {
-    const gfn = gfnOf(gpa);
-    const code = this.#codeAt(pageTable, rip);
+  /** Puts the original bytes of a frame into memory. */
+  #show(gfn: Gfn, code: readonly Part[], { shown }: Step): void {
     // The instruction itself has to stay what it is.
     const pieces = (this.hidden?.piecesOn(gfn) ?? []).filter(
       (piece) => !code.some((part) => overlaps(piece, part)),
     );
-    this.guest.whilePaused(() => {
-      const frame: ShownFrame = {
-        pieces,
-        memory: Uint8Array.from(this.guest.read(gpaOfFrame(gfn), PAGE_SIZE)),
-      };
-      shown.set(gfn, frame);
-      for (const { gpa, original } of pieces) this.#write(frame, gpa, original);
-      this.guest.trap(gfn, abi.ACCESS_EXECUTE);
-    });
+    const frame: ShownFrame = {
+      pieces,
+      memory: Uint8Array.from(this.guest.read(gpaOfFrame(gfn), PAGE_SIZE)),
+    };
+    shown.set(gfn, frame);
+    for (const { gpa, original } of pieces) this.#write(frame, gpa, original);
+    this.guest.trap(gfn, this.#canStep ? abi.ACCESS_EXECUTE : EVERY_ACCESS);
   }
 
   /** What the guest has written meanwhile stays. */
@@ -159,10 +184,12 @@ interface ShownFrame {
   readonly memory: Uint8Array;
 }
 
-/** The vCPU that makes it, at which instruction, and the frames that show their original bytes for it. */
+/** The vCPU that makes it, where it stood, and the frames that show their original bytes for it. */
 interface Step {
   readonly vcpu: number;
   readonly rip: Gva;
+  /** Counts a repeated instruction, which may be through in several steps. */
+  readonly rcx: bigint;
   readonly shown: Map<Gfn, ShownFrame>;
 }
 

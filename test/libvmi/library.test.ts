@@ -124,8 +124,8 @@ describe.runIf(isBuilt)('looking for a library', () => {
     cpSync(stub('installed.so', eventsVersion, FUNCTION_NAMES), join(installed, name));
   }
 
-  function bundle(eventsVersion: number): string {
-    const path = join(program, 'build/Release/kvmi.so');
+  function bundle(eventsVersion: number, name = 'kvmi.so'): string {
+    const path = join(program, 'build/Release', name);
     mkdirSync(dirname(path), { recursive: true });
     cpSync(stub('bundled.so', eventsVersion, FUNCTION_NAMES), path);
     return path;
@@ -162,10 +162,12 @@ describe.runIf(isBuilt)('looking for a library', () => {
     expect(found('kvm')).toEqual({ path: 'libvmi.so.0' });
   });
 
-  test('for Xen, never the bundled one, which knows KVM only', () => {
+  test('each hypervisor has a bundled one of its own, and never gets the other', () => {
     bundle(9);
     install('libvmi.so.0', 9);
     expect(found('xen')).toEqual({ path: 'libvmi.so.0' });
+    const bundled = bundle(9, 'xen.so');
+    expect(found('xen')).toEqual({ path: bundled });
   });
 
   test('one that is named is not replaced by another', () => {
@@ -197,11 +199,11 @@ describe.runIf(isBuilt)('looking for a library', () => {
     expect(remedy).toContain('libvmi 0.15 (events version 9), built with its KVM driver and events');
   });
 
-  test('in vain for Xen asks for one with its driver, not for set-up', () => {
+  test('in vain for Xen says what the bundled one needs, or asks for one with its driver', () => {
     for (const name of ['libvmi.so.0', 'libvmi.so']) install(name, 8);
     const { code, remedy } = found('xen') as unknown as MemtablesError;
     expect(code).toBe('LIBRARY_NOT_LOADED');
     expect(remedy).toContain('Xen driver');
-    expect(remedy).not.toContain('setup');
+    expect(remedy).toContain('libxen-dev');
   });
 });

@@ -33,7 +33,15 @@ let written: (readonly HiddenPiece[])[];
 
 beforeEach(() => {
   machine = createFlatMachine({ vcpus: 2 });
-  library = new XenLibrary(machine);
+  attach(new XenLibrary(machine));
+});
+afterEach(() => {
+  session.close();
+  machine.close();
+});
+
+function attach(xen: XenLibrary): void {
+  library = xen;
   // One instruction of vCPU 0 at a time.
   library.advance = () => step(0);
   session = openSessionOn(library, { name: 'guest' });
@@ -52,11 +60,7 @@ beforeEach(() => {
       written: (hit) => written.push(hit),
     },
   );
-});
-afterEach(() => {
-  session.close();
-  machine.close();
-});
+}
 
 function step(vcpu: number) {
   const { trap } = machine.step(vcpu, 1);
@@ -293,6 +297,71 @@ describe('while hidden bytes are shown', () => {
     clock.mockRestore();
     expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('aabbccdd')]);
     expect(machine.access(gfnOf(DATA))).not.toBe(ACCESS_EXECUTE);
+  });
+});
+
+describe('where the processor has no monitor trap flag', () => {
+  beforeEach(() => {
+    session.close();
+    attach(new XenLibrary(machine, { trapFlag: false }));
+  });
+
+  test('a comparison of hidden places on two frames sees the original bytes of both', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    hide(NEXT_PAGE + 64n, '11223344', '01020304');
+    load('a7', { rsi: DATA + 8n, rdi: NEXT_PAGE + 64n, rflags: 2n }); // cmpsd
+    expect(runTo(CODE + 1n).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+    expect(library.answers).toMatchObject({ emulated: 1, steps: 0 });
+    expectHidden();
+  });
+
+  test('a copy of many elements sees them in each', () => {
+    hide(DATA + 8n, '1122334455', 'aabbccddee');
+    load('f3a4', { rsi: DATA + 8n, rdi: SCRATCH, rcx: 5n }); // rep movsb
+    runTo(CODE + 2n);
+    expect([...machine.readPhysical(SCRATCH, 5)]).toEqual([...hexBytes('1122334455')]);
+    expectHidden();
+  });
+
+  test('the next event of the vCPU ends it, also at the same instruction with the same registers', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 8n, rdi: DATA + 8n, rflags: 2n }); // cmpsd
+    library.advance = () => {
+      machine.setRegisters(0, { rip: CODE, rsi: DATA + 8n, rdi: DATA + 8n });
+      return step(0);
+    };
+    // Whoever looks at the vCPU finds it where it was.
+    session.registers(0);
+    const look = vi.spyOn(library.functions, 'vmi_get_vcpuregs').mockReturnValue(0);
+    for (let round = 1; round <= 3; round++) {
+      session.listen(1);
+      session.listen(0);
+      expect(library.answers.emulated).toBe(round);
+      expect([...machine.readPhysical(DATA + 8n, 4)]).toEqual([...hexBytes('11223344')]);
+      expect(machine.access(gfnOf(DATA))).toBe(0);
+    }
+    look.mockRestore();
+    library.advance = () => [];
+    session.pause();
+    expectHidden();
+    session.resume();
+  });
+
+  test('another vCPU neither executes nor reads what is shown', () => {
+    hide(DATA, 'f4f4f4', 'ffc3f4'); // inc ebx; hlt in place of two halts
+    hide(DATA + 0x808n, '11223344', 'aabbccdd');
+    load('a7', { rsi: DATA + 0x808n, rdi: DATA + 0x808n, rflags: 2n });
+    machine.setRegisters(1, { rip: DATA, rbx: 5n });
+    session.listen(1);
+    library.advance = () => [];
+    library.deliver(step(1));
+    expect(machine.registers(1)).toMatchObject({ rip: DATA, rbx: 5n });
+    session.listen(1);
+    expect(library.answers).toMatchObject({ again: 1, emulated: 1 });
+    library.advance = () => step(1);
+    session.listen(1);
+    expect(machine.registers(1).rbx).toBe(6n);
+    expectHidden();
   });
 });
 

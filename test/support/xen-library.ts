@@ -23,9 +23,10 @@ const FULL_ACCESS = ACCESS_READ | ACCESS_WRITE | ACCESS_EXECUTE;
 
 /**
  * libvmi's C ABI over the embedded machine, with events answered as Xen answers them: NONE lets the instruction fault
- * again; EMULATE carries out what memory holds at RIP by then, whatever the permissions; the data of an answer has no
+ * again; EMULATE carries out what memory holds at RIP once the vCPU runs again, whatever the permissions; the data of an answer has no
  * address, and each read of the instruction gets it from its first byte on, with zeros behind its end; a single step
- * is toggled by an answer; a guest can be paused inside a callback, and is at once.
+ * is toggled by an answer; a guest can be paused inside a callback, and is at once. Without a monitor trap flag no
+ * event of single steps can be registered.
  */
 export class XenLibrary implements Libvmi {
   readonly path = 'a library for Xen';
@@ -37,9 +38,14 @@ export class XenLibrary implements Libvmi {
   readonly #registers = new NativeBlock(abi.REGISTERS_SIZE);
   readonly #stepping: boolean[];
   #open: Trap[] = [];
+  /** What vCPUs do first when they run again. */
+  #emulations: (() => void)[] = [];
   #pauses = 0;
 
-  constructor(private readonly machine: Machine) {
+  constructor(
+    private readonly machine: Machine,
+    { trapFlag = true } = {},
+  ) {
     this.#stepping = Array.from({ length: machine.vcpuCount }, () => false);
     const all = abi.EVERY_PAGE_TABLE;
     this.functions = {
@@ -87,6 +93,8 @@ export class XenLibrary implements Libvmi {
         return abi.STATUS_SUCCESS;
       },
       vmi_register_event: (_vmi, event) => {
+        const type = eventView(event as bigint).getUint16(abi.EVENT.type, true);
+        if (type === abi.EVENT_TYPE_SINGLE_STEP && !trapFlag) return FAILURE;
         this.#events.push(event as bigint);
         return abi.STATUS_SUCCESS;
       },
@@ -123,7 +131,10 @@ export class XenLibrary implements Libvmi {
 
   #listen(timeoutMs: number): number {
     const end = performance.now() + timeoutMs;
-    while (this.#open.length === 0 && this.#pauses === 0 && performance.now() < end) {
+    const emulations = this.#pauses === 0 ? this.#emulations.splice(0) : [];
+    for (const emulate of emulations) emulate();
+    const runs = emulations.length === 0 && this.#pauses === 0;
+    while (runs && this.#open.length === 0 && performance.now() < end) {
       this.#open.push(...this.advance(this.machine));
     }
     for (const trap of this.#open.splice(0)) this.#answer(trap);
@@ -160,20 +171,18 @@ export class XenLibrary implements Libvmi {
     const denied = (this.machine.access(gfnOf(trap.gpa)) & (ACCESSES[trap.access] >> 1)) === 0;
     // What is allowed by now is not emulated but run.
     const emulates = denied && (withData || (flags & abi.RESPONSE_EMULATE) !== 0);
-    // The emulator decodes what is at RIP by now; another instruction is as good as one that runs again.
-    if (!emulates || !this.#isStillThere(trap)) {
+    if (!emulates) {
       this.answers.again++;
       this.machine.retry(trap.vcpu);
       return;
     }
     this.answers[withData ? 'withData' : 'emulated']++;
-    this.#emulate(
-      trap,
-      withData ? readData(event.getBigUint64(abi.EVENT.registersOrReadData, true)) : undefined,
-    );
+    const data = withData ? readData(event.getBigUint64(abi.EVENT.registersOrReadData, true)) : undefined;
+    this.#emulations.push(() => this.#emulate(trap, data));
   }
 
   #toggleStep(vcpu: number): void {
+    if (this.#events.length < 2) throw new Error('a single step without a monitor trap flag');
     this.#stepping[vcpu] = !this.#stepping[vcpu];
     this.machine.setSingleStep(vcpu, this.#stepping[vcpu]!);
   }
@@ -188,6 +197,8 @@ export class XenLibrary implements Libvmi {
 
   /** All of the instruction, past every permission. */
   #emulate(trap: Trap, data: Uint8Array | undefined): void {
+    // The emulator decodes what is at RIP by now; another instruction is as good as one that runs again.
+    if (!this.#isStillThere(trap)) return this.machine.retry(trap.vcpu);
     const accesses = memoryAccesses(decodeAccesses(trap.instruction), this.machine.registers(trap.vcpu));
     for (let piece: Trap | undefined = trap; piece !== undefined; ) {
       this.machine.complete(trap.vcpu, data && emulatedRead(piece, accesses, data));

@@ -4,7 +4,7 @@
 #include <chrono>
 #include <cstdint>
 
-namespace kvmi {
+namespace vmi {
 
 /** A point in time that a wait may not pass. */
 class Deadline {
@@ -24,4 +24,4 @@ class Deadline {
   Clock::time_point end_;
 };
 
-}  // namespace kvmi
+}  // namespace vmi
