@@ -4,15 +4,7 @@ import { MemtablesError } from '../errors.js';
 import { hex } from '../vmi/address.js';
 import { EXIT, exitCodeOf } from './exit-codes.js';
 import { hookRefusal } from './reasons.js';
-
-/** JSON with addresses (`bigint`) as `"0x…"` strings, on one line. */
-export function toJson(value: unknown): string {
-  return JSON.stringify(value, (_key, item) => {
-    if (typeof item === 'bigint') return hex(item);
-    if (item instanceof Uint8Array) return Buffer.from(item).toString('hex');
-    return item;
-  });
-}
+import { toJson } from './to-json.js';
 
 const broken = new AbortController();
 /** Aborted, with the error, once stdout cannot be written any more: its reader has closed it, or a disk is full. */

@@ -7,8 +7,9 @@ import { switchesIn } from '../switches/scan.js';
 import type { SwitchSite } from '../switches/table.js';
 import { hex } from '../vmi/address.js';
 import { EXIT } from './exit-codes.js';
-import { log, reportError, toJson } from './output.js';
+import { log, reportError } from './output.js';
 import { loadRefusal } from './reasons.js';
+import { toJson } from './to-json.js';
 
 const MAX_FILE_SIZE = 2 ** 30;
 const PROGRESS_MS = 1000;

@@ -1,5 +1,5 @@
 import type { SwitchForm } from '../guest/artefacts.js';
-import type { HostStatistics } from '../host/statistics-client.js';
+import type { BedStatistics } from './bed.js';
 
 export const FORMS = [
   'one-level',
@@ -25,8 +25,8 @@ export interface Phase extends FormCounts {
   readonly lexerPieces: number;
 }
 
-/** The difference between two looks at the host. */
-export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
+/** The difference between two looks at the bed. */
+export function phaseBetween(from: BedStatistics, to: BedStatistics): Phase {
   const counts = (form: SwitchForm): FormCounts => ({
     switches: switchesOf(to, form) - switchesOf(from, form),
     readViolations: readViolationsOf(to, form) - readViolationsOf(from, form),
@@ -47,23 +47,23 @@ export function phaseBetween(from: HostStatistics, to: HostStatistics): Phase {
   };
 }
 
-export function secondsBetween(from: HostStatistics, to: HostStatistics): number {
+export function secondsBetween(from: BedStatistics, to: BedStatistics): number {
   return (to.uptimeMs - from.uptimeMs) / 1000;
 }
 
-export function fullSweeps(from: HostStatistics, to: HostStatistics): number {
+export function fullSweeps(from: BedStatistics, to: BedStatistics): number {
   return begunAndEnded(from, to, (guest) => guest.integritySweeps);
 }
 
-export function fullPieces(from: HostStatistics, to: HostStatistics): number {
+export function fullPieces(from: BedStatistics, to: BedStatistics): number {
   return begunAndEnded(from, to, (guest) => guest.lexer?.pieces ?? 0);
 }
 
 /** The one that ended first had begun before `from`. */
 function begunAndEnded(
-  from: HostStatistics,
-  to: HostStatistics,
-  count: (guest: NonNullable<HostStatistics['guest']>) => number,
+  from: BedStatistics,
+  to: BedStatistics,
+  count: (guest: NonNullable<BedStatistics['guest']>) => number,
 ): number {
   const ended = (to.guest ? count(to.guest) : 0) - (from.guest ? count(from.guest) : 0);
   return Math.max(0, ended - 1);
@@ -74,11 +74,11 @@ export function rate(phase: Phase, form: SwitchForm): number {
   return phase.byForm[form].switches / phase.seconds;
 }
 
-function switchesOf(statistics: HostStatistics, form: SwitchForm): number {
+function switchesOf(statistics: BedStatistics, form: SwitchForm): number {
   return statistics.guest?.switches[form] ?? 0;
 }
 
-function readViolationsOf(statistics: HostStatistics, form: SwitchForm): number {
+function readViolationsOf(statistics: BedStatistics, form: SwitchForm): number {
   return sum(statistics.violations.sites.filter((site) => site.form === form).map((site) => site.violations));
 }
 

@@ -1,7 +1,7 @@
 import type { SwitchSite } from '../guest/artefacts.js';
-import type { HostStatistics } from '../host/statistics-client.js';
 import type { EngineEvent } from '../memtables/report.js';
 import { type Gva, hex } from '../vmi/address.js';
+import type { BedStatistics } from './bed.js';
 import { type Phase, rate } from './phase.js';
 
 export type Relocated = Extract<EngineEvent, { type: 'relocated' }>;
@@ -12,7 +12,7 @@ export interface GuestVerdict {
   readonly integrityMismatches: number;
   readonly identicalAfterUnload: boolean;
   /** Absent where the guest has no module. */
-  readonly lexer?: NonNullable<HostStatistics['guest']>['lexer'];
+  readonly lexer?: NonNullable<BedStatistics['guest']>['lexer'];
 }
 
 /** More threads than the guest has. */
@@ -114,7 +114,7 @@ export function judgeSites(
   };
 }
 
-type Violations = HostStatistics['violations'];
+type Violations = BedStatistics['violations'];
 
 export interface RelocatedPhase {
   /** Switches relocated before the phase began. */

@@ -1,0 +1,40 @@
+/** Where the program in dom0 says what it has to say: on a line of its own, on which nobody else writes. */
+export const RESULTS_TTY = '/dev/ttyS1';
+/** Begins the lines that tell on the console how far the boot has come. */
+export const STAGE_MARK = '### ';
+
+/** Kernel modules, in the order in which they are loaded: xenfs needs xen-privcmd. */
+export const MODULES = [
+  'drivers/xen/xen-privcmd.ko',
+  'drivers/xen/xenfs/xenfs.ko',
+  'drivers/xen/xen-evtchn.ko',
+  'drivers/xen/xen-gntdev.ko',
+  'drivers/xen/xen-gntalloc.ko',
+];
+
+const INSMOD = MODULES.map((module) => `insmod /mod/${module.split('/').at(-1)}`).join('\n');
+
+/** dom0's first process. It switches the machine off, whatever happens. */
+export const DOM0_INIT = `#!/bin/sh
+export PATH=/bin HOME=/root LD_LIBRARY_PATH=/usr/lib/memtables
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts
+mount -t devpts pts /dev/pts
+mount -t tmpfs run /run
+mkdir -p /run/lock /run/xen /run/xenstored
+ln -s /run/lock /var/lock
+say() { echo "${STAGE_MARK}$*"; }
+say init
+${INSMOD}
+mount -t xenfs xen /proc/xen
+xenstored --pid-file /run/xenstored.pid
+say xenstored
+xen-init-dom0
+stty -F ${RESULTS_TTY} raw -echo
+say node
+node --wasm-lazy-compilation /memtables/dist/xen-rig/in-dom0.js "$(cat /memtables/job.json)" > ${RESULTS_TTY}
+say "node ended with $?"
+poweroff -f
+`;
