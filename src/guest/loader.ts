@@ -29,7 +29,7 @@ export interface GuestOptions {
   readonly module?: Pick<GuestModule, 'image' | 'languageFunction'> & { readonly text: Uint8Array };
   /**
    * The guest reads its images by no instruction that reads memory more than once or on two pages: a hypervisor without
-   * single step cannot answer those.
+   * single step cannot show other bytes to those.
    */
   readonly simpleReads?: boolean;
 }
