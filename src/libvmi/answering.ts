@@ -29,6 +29,11 @@ export interface Answering {
   look(): void;
   /** The answer to a single step. */
   stepped(vcpu: number): Response;
+  /**
+   * Whether every vCPU of the paused guest has carried out what it was answered; until then it would on what memory and
+   * its registers hold when it runs again.
+   */
+  settled(): boolean;
   /** Ends what is busy, also if the event that should have ended it never came. */
   end(): void;
 }
@@ -66,6 +71,10 @@ export class KvmAnswering implements Answering {
 
   stepped(): Response {
     return { flags: abi.RESPONSE_NONE };
+  }
+
+  settled(): boolean {
+    return true;
   }
 
   end(): void {}

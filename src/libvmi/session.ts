@@ -21,6 +21,7 @@ const MAX_DRAIN_ROUNDS = 100;
 /** How long a vCPU may take for one instruction, and between two looks at it. */
 const STEP_MS = 10_000;
 const STEP_LISTEN_MS = 20;
+const SETTLE_LISTEN_MS = 1;
 const CR4_LA57 = 1n << 12n;
 /** A VM has one view of memory unless more are made. */
 const DEFAULT_VIEW = 0;
@@ -131,10 +132,7 @@ export class LibvmiSession implements Hypervisor {
   /** Counted: the guest runs again after as many calls of `resume`. */
   pause(): void {
     this.#assertOutsideHandler('pause');
-    if (this.#pauses === 0) {
-      this.#finishStep();
-      this.#check('vmi_pause_vm');
-    }
+    if (this.#pauses === 0) this.#pauseSettled();
     this.#pauses++;
   }
 
@@ -187,26 +185,34 @@ export class LibvmiSession implements Hypervisor {
     return this.#events.answered - before;
   }
 
-  /** Until an answer that takes several events is through, the guest has to run, and memory is not what it is to be. */
-  #finishStep(): void {
-    const deadline = performance.now() + STEP_MS;
+  /** Pauses where no vCPU has yet to carry out what it was answered. */
+  #pauseSettled(): void {
+    this.#withoutAccepting((deadline) => {
+      for (;;) {
+        this.#finishStep(deadline);
+        this.#check('vmi_pause_vm');
+        if (this.#answering.settled()) return;
+        this.#check('vmi_resume_vm');
+        assertNotStuck(deadline);
+        this.#listen(SETTLE_LISTEN_MS);
+      }
+    });
+  }
+
+  #withoutAccepting(work: (deadline: number) => void): void {
     this.#answering.accepting = false;
     try {
-      while (this.#answering.busy) {
-        if (performance.now() > deadline) {
-          throw new MemtablesError(
-            'HYPERVISOR_STUCK',
-            'a vCPU did not finish the instruction it was to step over',
-            {
-              remedy: 'Check that the hypervisor reports single steps.',
-              context: { limitMs: STEP_MS },
-            },
-          );
-        }
-        this.#listen(STEP_LISTEN_MS);
-      }
+      work(performance.now() + STEP_MS);
     } finally {
       this.#answering.accepting = true;
+    }
+  }
+
+  /** Until an answer that takes several events is through, the guest has to run, and memory is not what it is to be. */
+  #finishStep(deadline: number): void {
+    while (this.#answering.busy) {
+      assertNotStuck(deadline);
+      this.#listen(STEP_LISTEN_MS);
     }
   }
 
@@ -254,7 +260,7 @@ export class LibvmiSession implements Hypervisor {
   /** Carries out every step, also after one has failed; returns the first failure. */
   #giveBack(): { readonly error: unknown } | undefined {
     const steps = [
-      () => this.#finishStep(),
+      () => this.#withoutAccepting((deadline) => this.#finishStep(deadline)),
       () => this.#answering.end(),
       () => {
         this.#answering.accepting = false;
@@ -389,6 +395,18 @@ export class LibvmiSession implements Hypervisor {
       },
     );
   }
+}
+
+function assertNotStuck(deadline: number): void {
+  if (performance.now() <= deadline) return;
+  throw new MemtablesError(
+    'HYPERVISOR_STUCK',
+    'a vCPU did not finish the instruction that it was to emulate or to step over',
+    {
+      remedy: 'Check that the hypervisor lets every vCPU run, and reports single steps.',
+      context: { limitMs: STEP_MS },
+    },
+  );
 }
 
 function unsupportedPaging(context: Record<string, unknown>): MemtablesError {

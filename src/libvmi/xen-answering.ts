@@ -25,6 +25,8 @@ export interface GuestControl {
 /** Lets the access fault again. */
 const AGAIN: Response = { flags: abi.RESPONSE_NONE };
 const EVERY_ACCESS = abi.ACCESS_READ | abi.ACCESS_WRITE | abi.ACCESS_EXECUTE;
+/** Data is for an instruction that is emulated, too. */
+const EMULATES = abi.RESPONSE_EMULATE | abi.RESPONSE_SET_READ_DATA;
 const TOGGLE_STEP: Response = { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
 
 /**
@@ -39,6 +41,9 @@ const TOGGLE_STEP: Response = { flags: abi.RESPONSE_TOGGLE_SINGLE_STEP };
  * Where the processor has no monitor trap flag, Xen cannot step. Then the instruction is emulated, in one go whatever
  * it reads: with the original bytes of all frames in memory, and no vCPU with any access to these. That it is through is
  * seen by the vCPU's registers, or by its next event.
+ *
+ * What a vCPU was told to emulate it carries out when it runs next, which may be after a pause. Nothing may be written
+ * or shown by then that it would decode in place of its instruction.
  */
 export class XenAnswering implements Answering {
   readonly mostVcpus = abi.MAX_STEPPED_VCPUS;
@@ -46,6 +51,8 @@ export class XenAnswering implements Answering {
   accepting = true;
   #step: Step | undefined;
   #canStep = true;
+  /** By vCPU: the last violation that it was told to emulate, unless it has been seen to be through. */
+  readonly #emulated = new Map<number, Place>();
 
   constructor(private readonly guest: GuestControl) {}
 
@@ -54,6 +61,15 @@ export class XenAnswering implements Answering {
   }
 
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response {
+    const place = placeOf(violation);
+    // It got this far.
+    this.#emulated.delete(place.vcpu);
+    const response = this.#decide(violation, ask);
+    if ((response.flags & EMULATES) !== 0) this.#emulated.set(place.vcpu, place);
+    return response;
+  }
+
+  #decide(violation: TrappedAccess, ask: () => ViolationAnswer): Response {
     const { vcpu, rip, read, write } = violation;
     // What was emulated is through.
     if (!this.#canStep && this.#step?.vcpu === vcpu) this.end();
@@ -64,6 +80,7 @@ export class XenAnswering implements Answering {
     if (stepping && this.#step?.rip !== rip) return this.stepped(vcpu);
     // Nobody traps execution but a step: of all vCPUs on the frames that it shows.
     if (!read && !write) return stepping ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
+    if (!stepping && this.#step !== undefined && this.#isShown(placeOf(violation), this.#step)) return AGAIN;
     const length = read ? this.hidden?.onlyRead(violation) : undefined;
     const needsStep = read && this.hidden !== undefined && length === undefined;
     if (needsStep && this.#step !== undefined && !stepping) return AGAIN;
@@ -85,8 +102,17 @@ export class XenAnswering implements Answering {
   look(): void {
     const step = this.#step;
     if (step === undefined || this.#canStep) return;
-    const { rip, rcx } = this.guest.registers(step.vcpu);
-    if (rip !== step.rip || rcx !== step.rcx) this.end();
+    if (this.#hasLeft(step)) this.end();
+  }
+
+  settled(): boolean {
+    for (const [vcpu, place] of this.#emulated) if (this.#hasLeft(place)) this.#emulated.delete(vcpu);
+    return this.#emulated.size === 0;
+  }
+
+  #hasLeft({ vcpu, rip, rcx }: Place): boolean {
+    const now = this.guest.registers(vcpu);
+    return now.rip !== rip || now.rcx !== rcx;
   }
 
   /** That an event comes says that stepping is on, also where its step was given up. */
@@ -109,21 +135,36 @@ export class XenAnswering implements Answering {
   }
 
   #stepOver(violation: TrappedAccess): Response {
-    const { vcpu, rip } = violation;
     const begins = this.#step === undefined;
-    this.#step ??= { vcpu, rip, rcx: violation.register('rcx'), shown: new Map() };
-    const code = this.#codeAt(violation.pageTable, rip);
+    const step = this.#step ?? { ...placeOf(violation), shown: new Map() };
+    this.#step = step;
+    const code = this.#codeAt(step);
     const frames = this.#canStep ? [gfnOf(violation.gpa)] : this.guest.trapped();
+    let harms = false;
     try {
       this.guest.whilePaused(() => {
-        for (const gfn of frames) this.#show(gfn, code, this.#step!);
+        for (const gfn of frames) this.#show(gfn, code, step);
+        harms = !this.settled() && [...this.#emulated.values()].some((place) => this.#isShown(place, step));
       });
     } catch (error) {
       this.end();
       throw error;
     }
+    if (harms) {
+      // Nobody has run since.
+      this.end();
+      return AGAIN;
+    }
     if (!this.#canStep) return { flags: abi.RESPONSE_EMULATE };
     return begins ? TOGGLE_STEP : AGAIN;
+  }
+
+  /** Whether the instruction there would be decoded from bytes that are shown. */
+  #isShown(place: Place, { shown }: Step): boolean {
+    const code = this.#codeAt(place);
+    return [...shown.values()].some(({ pieces }) =>
+      pieces.some((piece) => code.some((part) => overlaps(piece, part))),
+    );
   }
 
   /** Puts the original bytes of a frame into memory. */
@@ -165,7 +206,7 @@ export class XenAnswering implements Answering {
   }
 
   /** Where the longest instruction at `rip` would lie. */
-  #codeAt(pageTable: bigint, rip: Gva): Part[] {
+  #codeAt({ pageTable, rip }: Place): Part[] {
     const onPage = Math.min(MAX_INSTRUCTION_LENGTH, PAGE_SIZE - pageOffset(rip));
     const parts = [
       { gva: rip, length: onPage },
@@ -184,12 +225,22 @@ interface ShownFrame {
   readonly memory: Uint8Array;
 }
 
-/** The vCPU that makes it, where it stood, and the frames that show their original bytes for it. */
-interface Step {
+/** An instruction that a vCPU stands at. */
+interface Place {
   readonly vcpu: number;
+  readonly pageTable: bigint;
   readonly rip: Gva;
   /** Counts a repeated instruction, which may be through in several steps. */
   readonly rcx: bigint;
+}
+
+function placeOf(violation: TrappedAccess): Place {
+  const { vcpu, pageTable, rip } = violation;
+  return { vcpu, pageTable, rip, rcx: violation.register('rcx') };
+}
+
+/** Where the vCPU that makes it stood, and the frames that show their original bytes for it. */
+interface Step extends Place {
   readonly shown: Map<Gfn, ShownFrame>;
 }
 

@@ -300,6 +300,72 @@ describe('while hidden bytes are shown', () => {
   });
 });
 
+describe('what a vCPU was told to emulate, and has yet to', () => {
+  test('is waited for by a pause: what is written then would be decoded in its place', () => {
+    onlyRead = 4;
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    load('8b06', { rsi: DATA + 8n, rax: 0n }); // mov eax, [rsi]
+    session.listen(1);
+    expect(machine.registers(0).rip).toBe(CODE);
+    library.advance = () => [];
+    session.pause();
+    expect(machine.registers(0)).toMatchObject({ rip: CODE + 2n, rax: 0x4433_2211n });
+    session.resume();
+  });
+
+  describe.each([true, false])(
+    'and another instruction that has to be shown bytes (trap flag: %s)',
+    (trapFlag) => {
+      /** At a place that is hidden itself, vCPU 1 reads once what vCPU 0 reads twice. */
+      function bothTrap(): { first: Trap[]; second: Trap[] } {
+        session.close();
+        attach(new XenLibrary(machine, { trapFlag }));
+        hide(DATA, 'f4f4f4', '8b07f4'); // mov eax, [rdi]; hlt in place of three halts
+        hide(DATA + 0x808n, '11223344', 'aabbccdd');
+        load('a7', { rsi: DATA + 0x808n, rdi: DATA + 0x808n, rflags: 2n }); // cmpsd
+        machine.setRegisters(1, { rip: DATA, rdi: DATA + 0x808n, rax: 0n });
+        session.onViolation(() => hexBytes('11223344'), {
+          onlyRead: ({ vcpu }) => (vcpu === 1 ? 4 : undefined),
+          piecesOn: (gfn) => pieces.filter((piece) => gfnOf(piece.gpa) === gfn),
+          written: () => {},
+        });
+        return { first: step(0), second: step(1) };
+      }
+
+      function bothGetThere(): void {
+        library.advance = () => [...step(0), ...step(1)];
+        const isThere = () =>
+          machine.registers(0).rip > CODE && machine.registers(1).rip > DATA && !library.stepping;
+        for (let listens = 0; !isThere(); listens++) {
+          if (listens > 1000) throw new Error('the code did not get there');
+          session.listen(1);
+        }
+        session.listen(1);
+        expect(machine.registers(1).rax).toBe(0x4433_2211n);
+        expect(machine.registers(0).rflags & ZERO_FLAG).toBe(ZERO_FLAG);
+        expectHidden();
+      }
+
+      test('is not decoded from what is shown', () => {
+        const { first, second } = bothTrap();
+        library.deliver([...second, ...first]);
+        session.listen(0);
+        expect(library.answers).toMatchObject({ again: 1, withData: 1, emulated: 0 });
+        expect([...machine.readPhysical(DATA, 3)]).toEqual([...hexBytes('8b07f4')]);
+        bothGetThere();
+      });
+
+      test('is not begun while it would be', () => {
+        const { first, second } = bothTrap();
+        library.deliver([...first, ...second]);
+        session.listen(0);
+        expect(library.answers).toMatchObject({ withData: 0 });
+        bothGetThere();
+      });
+    },
+  );
+});
+
 describe('where the processor has no monitor trap flag', () => {
   beforeEach(() => {
     session.close();

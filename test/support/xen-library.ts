@@ -198,7 +198,10 @@ export class XenLibrary implements Libvmi {
   /** All of the instruction, past every permission. */
   #emulate(trap: Trap, data: Uint8Array | undefined): void {
     // The emulator decodes what is at RIP by now; another instruction is as good as one that runs again.
-    if (!this.#isStillThere(trap)) return this.machine.retry(trap.vcpu);
+    if (!this.#isStillThere(trap)) {
+      this.machine.retry(trap.vcpu);
+      return;
+    }
     const accesses = memoryAccesses(decodeAccesses(trap.instruction), this.machine.registers(trap.vcpu));
     for (let piece: Trap | undefined = trap; piece !== undefined; ) {
       this.machine.complete(trap.vcpu, data && emulatedRead(piece, accesses, data));

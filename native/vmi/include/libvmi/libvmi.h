@@ -1,6 +1,5 @@
 /*
- * libvmi's C interface, as far as it makes sense over a KVMI socket: instances, physical and virtual memory,
- * registers, pause. Names and layouts are those of libvmi 0.15, so a program compiled against either header runs
+ * libvmi's C interface, as far as memtables uses it: instances, physical and virtual memory, registers, pause. Names and layouts are those of libvmi 0.15, so a program compiled against either header runs
  * on either library. Memory events are in events.h.
  *
  * Every function returns VMI_SUCCESS or VMI_FAILURE unless it says otherwise; the reason of a failure goes to
@@ -8,7 +7,8 @@
  * vmi_events_listen, which waits as long as it is told. After the hypervisor has gone away, broken the protocol or
  * left a command unanswered, every call that needs it fails; only vmi_destroy is left.
  *
- * Where this library differs from libvmi is written down in docs/kvmi-library.md.
+ * There are two libraries, one for KVM (over a KVMI socket) and one for Xen. What is said here of KVM is otherwise on
+ * Xen by docs/xen-library.md; where the first differs from libvmi is written down in docs/kvmi-library.md.
  */
 #ifndef LIBVMI_H
 #define LIBVMI_H
@@ -34,7 +34,7 @@ typedef enum status { VMI_SUCCESS = 0, VMI_FAILURE = 1 } status_t;
 #define VMI_INIT_EVENTS (1u << 2)
 #define VMI_INIT_DOMAINUUID (1u << 3)
 
-/* VMI_KVM is the only mode served here. */
+/* Each library serves its own mode only. */
 typedef enum vmi_mode { VMI_XEN = 0, VMI_KVM = 1, VMI_FILE = 2, VMI_BAREFLANK = 3 } vmi_mode_t;
 
 /* The stage at which vmi_init failed. */
@@ -70,10 +70,13 @@ typedef struct {
 typedef struct vmi_instance *vmi_instance_t;
 
 /*
- * Creates the socket named by entry 0 of `init_data`, waits up to ten seconds for the hypervisor to connect, and
- * prepares the guest. `*vmi` is the instance, or NULL on failure; `error`, if not NULL, then says why. `mode` has to
- * be VMI_KVM. Fails without waiting when the path is too long, starts with a number other than zero (libvmi takes
- * that for a vsock port), is a file that is no socket, or belongs to a program that is waiting there already.
+ * Attaches to a guest. `*vmi` is the instance, or NULL on failure; `error`, if not NULL, then says why. `mode` has to be
+ * the library's own.
+ *
+ * On KVM it creates the socket named by entry 0 of `init_data` and waits up to ten seconds for the hypervisor to connect.
+ * Fails without waiting when the path is too long, starts with a number other than zero (libvmi takes that for a vsock
+ * port), is a file that is no socket, or belongs to a program that is waiting there already. On Xen `init_data` is not
+ * looked at; with VMI_INIT_DOMAINID `domain` points to a uint64_t.
  */
 VMI_API status_t vmi_init(vmi_instance_t *vmi, vmi_mode_t mode, const void *domain, uint64_t init_flags,
                           vmi_init_data_t *init_data, vmi_init_error_t *error);
