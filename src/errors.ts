@@ -35,9 +35,10 @@ export type ErrorCode =
   | 'JOURNAL_FAILED'
   | 'UNLOAD_BLOCKED'
   | 'ROLLBACK_FAILED'
-  // the demo, and the benchmark
+  // the demo, the benchmark, the rig with Xen
   | 'DEMO_FAILED'
   | 'BENCH_FAILED'
+  | 'RIG_FAILED'
   // the embedded machine
   | 'MACHINE_FAILED'
   | 'PROTOCOL_VIOLATION';

@@ -6,7 +6,7 @@ import type { HandlerChoice } from '../handlers/planner.js';
 import { cutConnection } from '../libvmi/cut.js';
 import { removeSocket } from '../libvmi/socket-path.js';
 import { createHeartbeat, Watchdog } from '../libvmi/watchdog.js';
-import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
+import type { EngineEvent, LoadCounts, Statistics, UnloadReport } from '../memtables/report.js';
 import {
   type Answers,
   type AttachedKernel,
@@ -228,6 +228,11 @@ export class Attachment extends EventEmitter<Events> {
 
   async statistics(): Promise<Statistics> {
     return await this.#ask({ type: 'statistics' });
+  }
+
+  /** The table loads that have trapped. */
+  async loads(): Promise<readonly LoadCounts[]> {
+    return await this.#ask({ type: 'loads' });
   }
 
   /**

@@ -1,6 +1,6 @@
 import { type ErrorCode, type ErrorContext, MemtablesError } from '../errors.js';
 import type { HandlerChoice } from '../handlers/planner.js';
-import type { EngineEvent, Statistics, UnloadReport } from '../memtables/report.js';
+import type { EngineEvent, LoadCounts, Statistics, UnloadReport } from '../memtables/report.js';
 import type { Gva } from '../vmi/address.js';
 
 /** What the worker needs to attach: plain data, it crosses to another thread. */
@@ -35,6 +35,7 @@ export type Command =
   | { readonly type: 'hook'; readonly name: string }
   | { readonly type: 'relocate'; readonly enabled: boolean }
   | { readonly type: 'statistics' }
+  | { readonly type: 'loads' }
   | { readonly type: 'unload' };
 
 export interface Request {
@@ -47,6 +48,7 @@ export interface Answers {
   hook: undefined;
   relocate: undefined;
   statistics: Statistics;
+  loads: readonly LoadCounts[];
   unload: UnloadReport;
 }
 

@@ -160,6 +160,8 @@ function perform(session: Hypervisor, engine: Engine, command: Command): Answers
       return undefined;
     case 'statistics':
       return engine.statistics();
+    case 'loads':
+      return engine.loads();
     case 'unload':
       return engine.unload();
   }

@@ -61,6 +61,7 @@ const BY_CODE: Record<ErrorCode, number> = {
   ROLLBACK_FAILED: EXIT.unload,
   DEMO_FAILED: EXIT.internal,
   BENCH_FAILED: EXIT.internal,
+  RIG_FAILED: EXIT.internal,
   MACHINE_FAILED: EXIT.hypervisor,
   PROTOCOL_VIOLATION: EXIT.hypervisor,
 };

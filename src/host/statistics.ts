@@ -75,7 +75,7 @@ export function hostStatistics(
   };
 }
 
-function guestStatistics(report: GuestReport): GuestStatistics {
+export function guestStatistics(report: GuestReport): GuestStatistics {
   const { integrity, lexer, bugCheck } = report;
   const { firstMismatch } = integrity;
   return {

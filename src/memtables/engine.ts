@@ -15,7 +15,7 @@ import { type CodeChange, Patcher } from './patcher.js';
 import { Recognisers } from './recognisers.js';
 import { type Redirection, Redirections } from './redirections.js';
 import { type Outcome, type Prepared, Relocator } from './relocator.js';
-import type { EngineEvent, Statistics, UnloadReport } from './report.js';
+import type { EngineEvent, LoadCounts, Statistics, UnloadReport } from './report.js';
 import { ignoreAll, SiteTable } from './sites.js';
 import { UnloadedModules } from './unloaded-modules.js';
 import { Unloader } from './unloader.js';
@@ -252,6 +252,10 @@ export class Engine {
       trappedFrames: this.#cloaks.frames().length,
       slack: this.#slack.usage(this.#images.inUse()),
     };
+  }
+
+  loads(): LoadCounts[] {
+    return [...this.#sites.all()].map(({ rip, table, hits, stale }) => ({ site: rip, table, hits, stale }));
   }
 
   readonly #reportBlocked = (where: readonly string[]) =>

@@ -117,9 +117,11 @@ export class Monitor implements HiddenMemory {
   }
 
   #count(violation: Violation, instruction: CachedInstruction | undefined): void {
-    if (this.sites.isRelocated(violation.rip)) {
+    const relocated = this.sites.relocatedAt(violation.rip);
+    if (relocated !== undefined) {
       // Its load was decoded before it was replaced; the hypervisor completes it as it was.
       this.staleEvents++;
+      relocated.stale++;
       return;
     }
     const guarded = this.sites.ofFallback(violation.rip);

@@ -69,6 +69,16 @@ export interface RelocatedLoad {
   readonly stillReached: boolean;
 }
 
+/** How often a table load has trapped, since the engine attached. */
+export interface LoadCounts {
+  readonly site: Gva;
+  /** The table that it read. */
+  readonly table: Gva;
+  readonly hits: number;
+  /** Violations that came after it had been relocated: they were under way. */
+  readonly stale: number;
+}
+
 /** The engine's counters since it attached. */
 export interface Statistics {
   /** EPT violations seen, of every kind. */

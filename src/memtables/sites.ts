@@ -7,6 +7,8 @@ export interface Site {
   /** The load's base register plus its displacement. */
   readonly table: Gva;
   hits: number;
+  /** Violations that were under way when it was relocated. */
+  stale: number;
   /** It is to be relocated however often it has trapped. */
   isPlanned: boolean;
   state: 'counted' | 'queued' | 'relocated' | 'ignored';
@@ -52,7 +54,7 @@ export class SiteTable {
     let site = sites.find((known) => known.table === table);
     if (site === undefined) {
       if (sites.length >= MAX_TABLES_PER_LOAD) return undefined;
-      site = { rip, table, hits: 0, isPlanned: false, state: 'counted', tries: 0, beyondBound: 0 };
+      site = { rip, table, hits: 0, stale: 0, isPlanned: false, state: 'counted', tries: 0, beyondBound: 0 };
       sites.push(site);
     }
     return site;
@@ -72,10 +74,9 @@ export class SiteTable {
     return site?.redirection?.fallback === rip ? site : undefined;
   }
 
-  /** True when the load at `rip` has been replaced: only what had been under way still executes it. */
-  isRelocated(rip: Gva): boolean {
-    const sites = this.#byRip.get(rip);
-    return sites?.some(({ redirection }) => redirection?.jump !== undefined) ?? false;
+  /** The site whose load at `rip` has been replaced: only what had been under way still executes it. */
+  relocatedAt(rip: Gva): Site | undefined {
+    return this.#byRip.get(rip)?.find(({ redirection }) => redirection?.jump !== undefined);
   }
 
   /** The loads that `redirection` has replaced. */

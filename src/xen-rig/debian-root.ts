@@ -18,9 +18,8 @@ export class DebianRoot {
   }
 
   /** How a program of these packages is started: a command and its first arguments. */
-  command(program: string, libraries: readonly string[] = []): [string, ...string[]] {
-    const folders = [...libraries, ...this.libraryFolders].join(':');
-    return [this.path(LOADER), '--library-path', folders, program];
+  command(program: string): [string, ...string[]] {
+    return [this.path(LOADER), '--library-path', this.libraryFolders.join(':'), program];
   }
 
   /** Runs a program of these packages to its end; returns what it has written. */
@@ -43,14 +42,14 @@ export class DebianRoot {
   /**
    * The shared libraries that a program or library needs, by their names, and the loader.
    *
-   * @param libraries folders that come before the packages' own
    * @throws MemtablesError `SETUP_INCOMPLETE` when it cannot run on these
    */
-  librariesOf(file: string, libraries: readonly string[] = []): Map<string, string> {
-    const [command, , folders] = this.command(file, libraries);
-    const { status, stdout, stderr } = spawnSync(command, ['--library-path', folders!, '--list', file], {
-      encoding: 'utf8',
-    });
+  librariesOf(file: string): Map<string, string> {
+    const { status, stdout, stderr } = spawnSync(
+      this.path(LOADER),
+      ['--library-path', this.libraryFolders.join(':'), '--list', file],
+      { encoding: 'utf8' },
+    );
     const found = new Map([[basename(LOADER), this.path(LOADER)]]);
     for (const [, name, path] of stdout.matchAll(/^\s*(\S+) => (\S+) \(/gm)) found.set(name!, path!);
     if (status === 0 && !stdout.includes('not found')) return found;

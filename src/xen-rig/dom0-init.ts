@@ -1,3 +1,7 @@
+/** Where the project lies in dom0. */
+export const PROJECT_IN_DOM0 = '/memtables';
+/** The folder of the library with libvmi's C ABI. */
+export const VMI_LIBRARY_FOLDER = '/usr/lib/memtables';
 /** Where the program in dom0 says what it has to say: on a line of its own, on which nobody else writes. */
 export const RESULTS_TTY = '/dev/ttyS1';
 /** Begins the lines that tell on the console how far the boot has come. */
@@ -16,7 +20,7 @@ const INSMOD = MODULES.map((module) => `insmod /mod/${module.split('/').at(-1)}`
 
 /** dom0's first process. It switches the machine off, whatever happens. */
 export const DOM0_INIT = `#!/bin/sh
-export PATH=/bin HOME=/root LD_LIBRARY_PATH=/usr/lib/memtables
+export PATH=/bin HOME=/root
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
@@ -32,9 +36,9 @@ mount -t xenfs xen /proc/xen
 xenstored --pid-file /run/xenstored.pid
 say xenstored
 xen-init-dom0
-stty -F ${RESULTS_TTY} raw -echo
+stty -F ${RESULTS_TTY} 115200 raw -echo
 say node
-node --wasm-lazy-compilation /memtables/dist/xen-rig/in-dom0.js "$(cat /memtables/job.json)" > ${RESULTS_TTY}
+node --wasm-lazy-compilation ${PROJECT_IN_DOM0}/dist/xen-rig/in-dom0.js "$(cat ${PROJECT_IN_DOM0}/job.json)" > ${RESULTS_TTY}
 say "node ended with $?"
 poweroff -f
 `;

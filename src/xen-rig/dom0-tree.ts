@@ -11,10 +11,10 @@ import {
 } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import type { DebianRoot } from './debian-root.js';
-import { DOM0_INIT, MODULES } from './dom0-init.js';
+import { DOM0_INIT, MODULES, PROJECT_IN_DOM0, VMI_LIBRARY_FOLDER } from './dom0-init.js';
 
-/** Where the project lies in dom0. */
-export const PROJECT_IN_DOM0 = '/memtables';
+/** Where the job for dom0 lies in the tree, beside the project. */
+export const JOB_IN_DOM0 = join(PROJECT_IN_DOM0, 'job.json');
 const LIBRARIES_IN_DOM0 = 'lib/x86_64-linux-gnu';
 const XEN_BIN = 'usr/lib/xen-4.17/bin';
 const XEN_PROGRAMS = ['xl', 'xenstored', 'xen-init-dom0'];
@@ -25,10 +25,8 @@ const ALSO_NEEDED = ['libxenctrl', 'libxenstore', 'libxenforeignmemory', 'libxen
 export interface Dom0Contents {
   /** The project's own files and folders, relative to its root. */
   readonly project: readonly string[];
-  /** Libraries with libvmi's C ABI, to be put into `/usr/lib/memtables`. */
-  readonly vmiLibraries: readonly string[];
-  /** Folders in which what those need is looked for first. */
-  readonly libraryFolders: readonly string[];
+  /** The library with libvmi's C ABI. */
+  readonly library: string;
 }
 
 /** Makes dom0's file system in `tree`: Xen's tools, Node, the project. */
@@ -68,7 +66,7 @@ export function makeDom0Tree(
   for (const applet of APPLETS) symlinkSync('busybox', join(tree, 'bin', applet));
   const libraries = new Map<string, string>();
   const add = (file: string, target: string) => {
-    for (const [name, path] of debian.librariesOf(file, contents.libraryFolders)) libraries.set(name, path);
+    for (const [name, path] of debian.librariesOf(file)) libraries.set(name, path);
     mkdirSync(dirname(join(tree, target)), { recursive: true });
     cpSync(file, join(tree, target), { dereference: true });
   };
@@ -79,7 +77,7 @@ export function makeDom0Tree(
   }
   add(process.execPath, 'bin/node');
   withoutSymbols(join(tree, 'bin/node'));
-  for (const library of contents.vmiLibraries) add(library, join('usr/lib/memtables', basename(library)));
+  add(contents.library, join(VMI_LIBRARY_FOLDER, basename(contents.library)));
   for (const folder of debian.libraryFolders) {
     for (const name of existsSync(folder) ? readdirSync(folder) : []) {
       if (ALSO_NEEDED.some((needed) => name.startsWith(`${needed}.so`)))

@@ -1,1 +1,91 @@
-process.stdout.write(`${JSON.stringify({ type: 'hello', argv: process.argv, uptime: process.uptime() })}\n`);
+// Runs in dom0: creates the guest's domain, does the main job on it, and reports line by line.
+import { setTimeout as sleep } from 'node:timers/promises';
+import { toPortable } from '../attachment/protocol.js';
+import { inMilliseconds } from '../cli/describe.js';
+import { describedProgress, describeSummary } from '../cli/describe-main-job.js';
+import { toJson } from '../cli/to-json.js';
+import { runMainJob } from '../demo/main-job.js';
+import type { Relocated } from '../demo/verdict.js';
+import { MemtablesError } from '../errors.js';
+import { readGuestArtefacts } from '../guest/artefacts.js';
+import { lexerText } from '../guest/lexer-text.js';
+import { pvhKernel } from '../guest/pvh.js';
+import { createDomain } from './domain.js';
+import { DomainMemory } from './domain-memory.js';
+import { type Dom0Job, type Dom0Line, REQUIRED_FORMS } from './report.js';
+import { XenBed } from './xen-bed.js';
+
+const NAME = 'guest';
+const FOLDER = '/run';
+const BOOT_SECONDS = 30;
+const POLL_MS = 100;
+/** Where reads of its bytes trap, the guest's integrity checker needs this long for a sweep. */
+const MOST_EXTRA_SECONDS = 120;
+/** A pass of the lexer must not take longer than a phase. */
+const LEXER_TEXT_BYTES = 4 * 1024;
+
+function report(line: Dom0Line): void {
+  process.stdout.write(`${toJson(line)}\n`);
+}
+
+function stage(text: string): void {
+  report({ type: 'stage', text });
+}
+
+async function main(job: Dom0Job): Promise<readonly string[]> {
+  const { seed, vcpus, memoryMB, seconds, library, threshold } = job;
+  const artefacts = readGuestArtefacts();
+  const { image, pvh, module } = artefacts;
+  const { elf, guest } = pvhKernel({
+    ...{ image, ...pvh, seed, vcpus, memoryMB, simpleReads: true },
+    ...(module && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
+  });
+  const domain = createDomain({ name: NAME, kernel: elf, vcpus, memoryMB }, FOLDER);
+  stage('domain created');
+  const bed = new XenBed(NAME, new DomainMemory(domain), guest, artefacts);
+  await until(() => bed.hasBooted);
+  stage('guest booted');
+
+  const progress = describedProgress(
+    seconds,
+    (record, text) => report({ type: 'result', record, ...(text !== undefined && { text }) }),
+    stage,
+  );
+  const { summary, relocated, shortcomings } = await runMainJob(
+    bed,
+    artefacts,
+    { seconds, mostExtraSeconds: MOST_EXTRA_SECONDS, hooks: undefined, handler: 'auto', library, threshold },
+    progress,
+    new AbortController().signal,
+  );
+  const record = { vcpus, seed, ...summary, unload: inMilliseconds(summary.unload) };
+  report({ type: 'result', record: { type: 'summary', ...record }, text: describeSummary(summary) });
+  return [...shortcomings, ...formShortcomings(relocated)];
+}
+
+async function until(condition: () => boolean): Promise<void> {
+  const end = performance.now() + BOOT_SECONDS * 1000;
+  while (!condition()) {
+    if (performance.now() > end) {
+      throw new MemtablesError('MACHINE_FAILED', 'the guest did not boot in time', {
+        remedy: "Look at the rig's console log for what it printed.",
+        context: { seconds: BOOT_SECONDS },
+      });
+    }
+    await sleep(POLL_MS);
+  }
+}
+
+function formShortcomings(relocated: readonly Relocated[]): string[] {
+  return REQUIRED_FORMS.filter((form) => !relocated.some((event) => event.form === form)).map(
+    (form) => `no ${form} switch was relocated`,
+  );
+}
+
+try {
+  report({ type: 'judged', shortcomings: await main(JSON.parse(process.argv[2]!)) });
+} catch (error) {
+  report({ type: 'error', error: toPortable(error) });
+}
+// A call that never returns would keep the process alive, and the machine on.
+process.exit();

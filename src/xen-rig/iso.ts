@@ -13,7 +13,7 @@ const XEN_OPTIONS = [
 ].join(' ');
 
 const LINUX_OPTIONS = [
-  'console=hvc0 quiet mitigations=off init_on_alloc=0 cryptomgr.notests',
+  'console=hvc0 loglevel=7 mitigations=off init_on_alloc=0 cryptomgr.notests',
   'random.trust_cpu=on audit=0 nokaslr lpj=200000 rcupdate.rcu_expedited=1 tsc=reliable',
 ].join(' ');
 

@@ -1,0 +1,39 @@
+import { spawnSync } from 'node:child_process';
+import { existsSync, readFileSync, realpathSync } from 'node:fs';
+import { join } from 'node:path';
+import { MemtablesError } from '../errors.js';
+
+/** The library that dom0 attaches through. */
+export interface VmiLibrary {
+  /** As `native-xen` or `libvmi-0.15.0`. */
+  readonly name: string;
+  readonly path: string;
+}
+
+/** A libvmi that was installed to `prefix`, with its Xen driver. */
+export function installedLibvmi(prefix: string): VmiLibrary {
+  const library = join(prefix, 'lib/libvmi.so.0');
+  const description = join(prefix, 'lib/pkgconfig/libvmi.pc');
+  const missing = [library, description].find((path) => !existsSync(path));
+  if (missing !== undefined) {
+    throw new MemtablesError('INVALID_ARGUMENT', `there is no ${missing}`, {
+      remedy: 'Name the prefix that libvmi was installed to.',
+    });
+  }
+  const version = /^Version: (.+)$/m.exec(readFileSync(description, 'utf8'))?.[1] ?? 'unknown';
+  return { name: `libvmi-${version}`, path: realpathSync(library) };
+}
+
+/** Our own, built against the Xen of the rig. */
+export function nativeXen(projectRoot: string, xenPrefix: string): VmiLibrary {
+  const path = join(projectRoot, 'build/Release/xen.so');
+  const { status } = spawnSync(process.execPath, ['scripts/setup.mjs'], {
+    cwd: projectRoot,
+    stdio: ['ignore', 2, 2],
+    env: { ...process.env, MEMTABLES_XEN_PREFIX: xenPrefix },
+  });
+  if (status === 0 && existsSync(path)) return { name: 'native-xen', path };
+  throw new MemtablesError('SETUP_INCOMPLETE', 'the library for Xen could not be built', {
+    remedy: 'See what the set-up printed above.',
+  });
+}
