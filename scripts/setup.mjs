@@ -156,9 +156,13 @@ function buildNative() {
   );
 }
 
-/** Where Debian's libxen-dev lies: unpacked below this folder, or installed (then the compiler finds it by itself). */
-const XEN_PREFIX = process.env.MEMTABLES_XEN_PREFIX || '/';
-const HAS_XEN = existsSync(join(XEN_PREFIX, 'usr/include/xenctrl.h'));
+/**
+ * Where Debian's libxen-dev lies: unpacked below a folder that was named or is that of `npm run test:xen`, or installed
+ * (then the compiler finds it by itself).
+ */
+const XEN_PREFIXES = [process.env.MEMTABLES_XEN_PREFIX, join(DEPS, 'xen-rig/root'), '/'].filter(Boolean);
+const XEN_PREFIX = XEN_PREFIXES.find((prefix) => existsSync(join(prefix, 'usr/include/xenctrl.h')));
+const HAS_XEN = XEN_PREFIX !== undefined;
 const XEN_LIBRARY = 'build/Release/xen.so';
 
 function buildForXen() {

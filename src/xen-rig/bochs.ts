@@ -5,7 +5,7 @@ import type { DebianRoot } from './debian-root.js';
 
 /** Instructions a second, by which the emulated clock goes: about what Bochs does on one core, so that it goes right. */
 const INSTRUCTIONS_PER_SECOND = 50_000_000;
-const MEMORY_MB = 1280;
+const MEMORY_MB = 640;
 
 /** The files that a run writes. */
 export interface RunFiles {

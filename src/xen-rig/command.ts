@@ -54,7 +54,7 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
   const { libvmiPrefix } = options;
   const library =
     libvmiPrefix === undefined
-      ? nativeXen(PROJECT_ROOT, debian.folder)
+      ? nativeXen(PROJECT_ROOT)
       : // npm changes to the project's folder; a path is relative to where it was called.
         installedLibvmi(resolve(process.env.INIT_CWD ?? '', libvmiPrefix));
   const inDom0 = join(VMI_LIBRARY_FOLDER, basename(library.path));

@@ -51,7 +51,7 @@ export class DebianRoot {
       { encoding: 'utf8' },
     );
     const found = new Map([[basename(LOADER), this.path(LOADER)]]);
-    for (const [, name, path] of stdout.matchAll(/^\s*(\S+) => (\S+) \(/gm)) found.set(name!, path!);
+    for (const [, name, path] of stdout.matchAll(/^\s*([^\s/]+) => (\S+) \(/gm)) found.set(name!, path!);
     if (status === 0 && !stdout.includes('not found')) return found;
     throw new MemtablesError(
       'SETUP_INCOMPLETE',

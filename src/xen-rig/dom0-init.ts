@@ -36,6 +36,8 @@ mount -t xenfs xen /proc/xen
 xenstored --pid-file /run/xenstored.pid
 say xenstored
 xen-init-dom0
+# Without it a domain is never created.
+xenconsoled --pid-file=/run/xenconsoled.pid
 stty -F ${RESULTS_TTY} 115200 raw -echo
 say node
 node --wasm-lazy-compilation ${PROJECT_IN_DOM0}/dist/xen-rig/in-dom0.js "$(cat ${PROJECT_IN_DOM0}/job.json)" > ${RESULTS_TTY}

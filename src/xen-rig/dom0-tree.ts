@@ -17,7 +17,7 @@ import { DOM0_INIT, MODULES, PROJECT_IN_DOM0, VMI_LIBRARY_FOLDER } from './dom0-
 export const JOB_IN_DOM0 = join(PROJECT_IN_DOM0, 'job.json');
 const LIBRARIES_IN_DOM0 = 'lib/x86_64-linux-gnu';
 const XEN_BIN = 'usr/lib/xen-4.17/bin';
-const XEN_PROGRAMS = ['xl', 'xenstored', 'xen-init-dom0'];
+const XEN_PROGRAMS = ['xl', 'xenstored', 'xenconsoled', 'xen-init-dom0'];
 const APPLETS = ['cat', 'insmod', 'ln', 'mkdir', 'mount', 'poweroff', 'sh', 'stty'];
 /** Loaded at run time only, by libvmi and by us, or by the C library when a thread is cancelled. */
 const ALSO_NEEDED = ['libxenctrl', 'libxenstore', 'libxenforeignmemory', 'libxenevtchn', 'libgcc_s'];

@@ -19,10 +19,10 @@ export class GrowingFile {
       const bytes = readSync(this.#fd, chunk, 0, chunk.length, this.#position);
       if (bytes === 0) break;
       this.#position += bytes;
-      // Of the escape sequences and the odd byte of a serial line nothing has to be understood.
-      this.#rest += chunk.toString('latin1', 0, bytes);
+      // Serial lines end with a carriage return before the line feed, or behind it.
+      this.#rest += chunk.toString('latin1', 0, bytes).replaceAll('\r', '');
     }
-    const lines = this.#rest.split(/\r*\n/);
+    const lines = this.#rest.split('\n');
     this.#rest = lines.pop()!;
     return lines;
   }

@@ -7,14 +7,13 @@ const GRUB_MODULES = 'biosdisk iso9660 normal multiboot2 serial terminal echo co
 
 const XEN_OPTIONS = [
   'console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=all',
-  // The vCPU of the guest needs memory, too.
-  'dom0_mem=1024M,max:1024M dom0_max_vcpus=1 hap=1',
-  'sched=credit2 noreboot iommu=0 spec-ctrl=no xpti=0 smt=1 watchdog=0',
+  'dom0_mem=448M,max:448M dom0_max_vcpus=1 hap=1 sched=credit2',
+  'noreboot iommu=0 spec-ctrl=no xpti=0 xsave=0',
 ].join(' ');
 
 const LINUX_OPTIONS = [
   'console=hvc0 loglevel=7 mitigations=off init_on_alloc=0 cryptomgr.notests',
-  'random.trust_cpu=on audit=0 nokaslr lpj=200000 rcupdate.rcu_expedited=1 tsc=reliable',
+  'audit=0 nokaslr lpj=200000 rodata=off print-fatal-signals=1',
 ].join(' ');
 
 const MENU = `set timeout=0

@@ -24,13 +24,12 @@ export function installedLibvmi(prefix: string): VmiLibrary {
   return { name: `libvmi-${version}`, path: realpathSync(library) };
 }
 
-/** Our own, built against the Xen of the rig. */
-export function nativeXen(projectRoot: string, xenPrefix: string): VmiLibrary {
+/** Our own, built against the Xen of the rig, which the set-up finds once it has been unpacked. */
+export function nativeXen(projectRoot: string): VmiLibrary {
   const path = join(projectRoot, 'build/Release/xen.so');
   const { status } = spawnSync(process.execPath, ['scripts/setup.mjs'], {
     cwd: projectRoot,
     stdio: ['ignore', 2, 2],
-    env: { ...process.env, MEMTABLES_XEN_PREFIX: xenPrefix },
   });
   if (status === 0 && existsSync(path)) return { name: 'native-xen', path };
   throw new MemtablesError('SETUP_INCOMPLETE', 'the library for Xen could not be built', {
