@@ -27,6 +27,8 @@ const JOB: Omit<Dom0Job, 'library'> = { seed: 1, vcpus: 1, memoryMB: 64, seconds
 export interface RigOptions {
   /** The prefix of an installed libvmi; our own library for Xen without it. */
   readonly libvmiPrefix?: string;
+  /** Only bring the packages. */
+  readonly prepare?: boolean;
 }
 
 /**
@@ -51,7 +53,8 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
     outputs: [debian.folder],
     run: () => unpackPackages(debian.folder, join(CACHE, 'apt')),
   });
-  const { libvmiPrefix } = options;
+  const { libvmiPrefix, prepare } = options;
+  if (prepare) return;
   const library =
     libvmiPrefix === undefined
       ? nativeXen(PROJECT_ROOT)

@@ -17,6 +17,7 @@ await new Command('test:xen')
       "where libvmi is installed, with its Xen driver (default: the project's own library)",
     ),
   )
+  .addOption(new Option('--prepare', 'only download and unpack the Debian packages'))
   .addOption(json())
   .addHelpText('after', EXIT_CODE_HELP)
   .exitOverride(exitAsDocumented)

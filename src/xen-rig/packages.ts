@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { MemtablesError } from '../errors.js';
 
@@ -62,19 +62,14 @@ export function unpackPackages(root: string, work: string): void {
   rmSync(work, { recursive: true });
 }
 
-/** Why the packages cannot be had on this machine at all. */
-export function whyNoPackages(): string | undefined {
-  const missing = ['apt-get', 'dpkg-deb'].filter((tool) => !existsSync(join('/usr/bin', tool)));
-  return missing.length === 0 ? undefined : `${missing.join(' and ')} missing: it takes a Debian 12`;
-}
-
 function run(command: string, args: readonly string[], remedy: string): void {
   const { status, error, stderr } = spawnSync(command, args, {
     stdio: ['ignore', 'ignore', 'pipe'],
     encoding: 'utf8',
   });
   if (status === 0) return;
+  const isMissing = (error as NodeJS.ErrnoException | undefined)?.code === 'ENOENT';
   throw new MemtablesError('SETUP_INCOMPLETE', `${command} failed: ${error?.message ?? stderr.trim()}`, {
-    remedy,
+    remedy: isMissing ? 'run it on a Debian 12, or in a container of one' : remedy,
   });
 }
