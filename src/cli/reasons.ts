@@ -64,6 +64,8 @@ export const RELOCATION_REFUSALS: Readonly<Record<string, string>> = {
   'code-has-changed': 'code or table are not what they were when the tool attached',
   'overlaps-hook': 'a hook has replaced the load',
   'no-slack': 'no slack is left for a handler',
+  'in-use':
+    'something stood among the instructions to be replaced at every try, and no handler fits that replaces the load alone',
   'only-other-load-relocated': 'of the two loads of its switch only the other one could be relocated',
   'overwritten-by-guest': 'the guest has written over it: taken back',
 };

@@ -29,7 +29,9 @@ export type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 /** Something stands inside the code to be replaced; it may be gone when the guest has run on. */
 const IN_USE = 'in-use';
 /** Then code that replaces the loads alone is preferred. */
-const MOST_TRIES = 20;
+const PATIENT_TRIES = 20;
+/** Then it is refused: a thread that hardly does anything else stands there whenever the guest is stopped. */
+const MOST_TRIES = 60;
 
 /** What a switch can be replaced by, in whole or in part. */
 interface Way {
@@ -89,21 +91,21 @@ export class Relocator {
   }
 
   /**
-   * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again: for
-   * ever, where it fits nowhere but in code that something keeps standing in. For a quiescent guest.
+   * Relocates the switch, or marks its loads as ignored with the reason; `in-use` when that has to be tried again. For
+   * a quiescent guest.
    *
    * @throws MemtablesError of the hypervisor or the journal; the guest is as before then
    */
   relocate(prepared: Prepared, vacancy: Vacancy): Outcome | typeof IN_USE {
     const { hot, image, proof, loads, plans } = prepared;
     if (!this.#isUnchanged(image, proof)) return refuse(loads, 'code-has-changed', image);
-    const mayWait = hot.tries < MOST_TRIES;
+    const mayWait = hot.tries < PATIENT_TRIES;
     const place = (among: typeof plans) =>
       this.#place(plans, among, new Placer(this.slack.for(image)), vacancy);
     let placed = mayWait ? place(plans) : place(plans.filter(isUnobstructed));
     // Nothing else fits.
     if (placed === IN_USE && !mayWait) placed = place(plans);
-    if (placed === IN_USE) {
+    if (placed === IN_USE && hot.tries < MOST_TRIES) {
       hot.tries++;
       return IN_USE;
     }
