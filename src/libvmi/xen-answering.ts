@@ -167,18 +167,16 @@ export class XenAnswering implements Answering {
     );
   }
 
-  /** Puts the original bytes of a frame into memory. */
+  /** Puts the original bytes of a frame into memory, as a whole page: that is one call to Xen, and no vCPU runs. */
   #show(gfn: Gfn, code: readonly Part[], { shown }: Step): void {
     // The instruction itself has to stay what it is.
     const pieces = (this.hidden?.piecesOn(gfn) ?? []).filter(
       (piece) => !code.some((part) => overlaps(piece, part)),
     );
-    const frame: ShownFrame = {
-      pieces,
-      memory: Uint8Array.from(this.guest.read(gpaOfFrame(gfn), PAGE_SIZE)),
-    };
-    shown.set(gfn, frame);
-    for (const { gpa, original } of pieces) this.#write(frame, gpa, original);
+    const memory = Uint8Array.from(this.guest.read(gpaOfFrame(gfn), PAGE_SIZE));
+    for (const { gpa, original } of pieces) memory.set(original, pageOffset(gpa));
+    this.guest.write(gpaOfFrame(gfn), memory);
+    shown.set(gfn, { pieces, memory });
     this.guest.trap(gfn, this.#canStep ? abi.ACCESS_EXECUTE : EVERY_ACCESS);
   }
 
@@ -190,19 +188,14 @@ export class XenAnswering implements Answering {
       original.some((_, index) => isWritten(pageOffset(gpa) + index)),
     );
     if (now.some((_, offset) => isWritten(offset))) this.hidden?.written(hit);
+    const hidden = Uint8Array.from(now);
     for (const { gpa, current } of frame.pieces) {
-      const at = pageOffset(gpa);
-      this.#write(
-        frame,
-        gpa,
-        current.map((byte, index) => (isWritten(at + index) ? now[at + index]! : byte)),
-      );
+      current.forEach((byte, index) => {
+        const at = pageOffset(gpa) + index;
+        if (!isWritten(at)) hidden[at] = byte;
+      });
     }
-  }
-
-  #write({ memory }: ShownFrame, gpa: Gpa, bytes: Uint8Array): void {
-    this.guest.write(gpa, bytes);
-    memory.set(bytes, pageOffset(gpa));
+    this.guest.write(gpaOfFrame(gfn), hidden);
   }
 
   /** Where the longest instruction at `rip` would lie. */
@@ -221,7 +214,7 @@ export class XenAnswering implements Answering {
 
 interface ShownFrame {
   readonly pieces: readonly HiddenPiece[];
-  /** The frame's memory, as far as nobody but this has written to it. */
+  /** What the frame holds while it is shown, unless the guest writes to it. */
   readonly memory: Uint8Array;
 }
 
