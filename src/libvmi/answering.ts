@@ -22,7 +22,7 @@ export interface Answering {
   readonly busy: boolean;
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response;
   /** The answer that lets an access go through on what memory holds. */
-  completed(violation: Violation): Response;
+  completed(violation: TrappedAccess): Response;
   /** Does without single steps, which the hypervisor does not offer; false if that is not possible. */
   doWithoutSteps(): boolean;
   /** Looks whether what is busy is through, where no event tells. Not to be called from a callback. */

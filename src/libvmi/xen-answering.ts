@@ -1,5 +1,5 @@
 import { type Gfn, type Gpa, type Gva, gfnOf, gpaOfFrame, PAGE_SIZE, pageOffset } from '../vmi/address.js';
-import type { HiddenMemory, HiddenPiece, Violation, ViolationAnswer } from '../vmi/hypervisor.js';
+import type { HiddenMemory, HiddenPiece, ViolationAnswer } from '../vmi/hypervisor.js';
 import { MAX_INSTRUCTION_LENGTH } from '../x86/instruction.js';
 import type { Registers } from '../x86/registers.js';
 import * as abi from './abi.js';
@@ -61,11 +61,18 @@ export class XenAnswering implements Answering {
   }
 
   answer(violation: TrappedAccess, ask: () => ViolationAnswer): Response {
-    const place = placeOf(violation);
     // It got this far.
-    this.#emulated.delete(place.vcpu);
-    const response = this.#decide(violation, ask);
-    if ((response.flags & EMULATES) !== 0) this.#emulated.set(place.vcpu, place);
+    this.#emulated.delete(violation.vcpu);
+    return this.#noted(violation, this.#decide(violation, ask));
+  }
+
+  completed(violation: TrappedAccess): Response {
+    const isData = violation.read || violation.write;
+    return this.#noted(violation, isData ? { flags: abi.RESPONSE_EMULATE } : AGAIN);
+  }
+
+  #noted(violation: TrappedAccess, response: Response): Response {
+    if ((response.flags & EMULATES) !== 0) this.#emulated.set(violation.vcpu, placeOf(violation));
     return response;
   }
 
@@ -88,10 +95,6 @@ export class XenAnswering implements Answering {
     if (needsStep) return this.#stepOver(violation);
     if (data === undefined) return this.completed(violation);
     return { flags: abi.RESPONSE_SET_READ_DATA, data: data.subarray(0, length) };
-  }
-
-  completed(violation: Violation): Response {
-    return violation.read || violation.write ? { flags: abi.RESPONSE_EMULATE } : AGAIN;
   }
 
   doWithoutSteps(): boolean {
