@@ -279,6 +279,7 @@ describe('engine on the embedded guest', () => {
     expect(now[site.dst]).toBe(BigInt(entry));
     expect(now.rip).toBe(held.rip + BigInt(held.instruction.length));
     expect(engine.statistics()).toMatchObject({ staleEvents: stale + 1, tableLoads });
+    expect(engine.loads().find((load) => load.site === held.rip)).toMatchObject({ stale: 1 });
     engine.unload();
     expect(guest.wrongStreams()).toEqual([]);
   });
