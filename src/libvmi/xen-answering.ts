@@ -186,11 +186,13 @@ export class XenAnswering implements Answering {
   /** What the guest has written meanwhile stays. */
   #hideAgain(gfn: Gfn, frame: ShownFrame): void {
     const now = this.guest.read(gpaOfFrame(gfn), PAGE_SIZE);
-    const isWritten = (offset: number) => now[offset] !== frame.memory[offset];
+    // Hardly ever, and a look at each byte takes long.
+    const someWritten = Buffer.compare(now, frame.memory) !== 0;
+    const isWritten = (offset: number) => someWritten && now[offset] !== frame.memory[offset];
     const hit = frame.pieces.filter(({ gpa, original }) =>
       original.some((_, index) => isWritten(pageOffset(gpa) + index)),
     );
-    if (now.some((_, offset) => isWritten(offset))) this.hidden?.written(hit);
+    if (someWritten) this.hidden?.written(hit);
     const hidden = Uint8Array.from(now);
     for (const { gpa, current } of frame.pieces) {
       current.forEach((byte, index) => {
