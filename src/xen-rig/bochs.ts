@@ -40,8 +40,12 @@ export class Bochs {
     writeFileSync(configuration, configurationOf(debian, iso, files));
     // Debian's Bochs begins in its debugger.
     writeFileSync(debuggerScript, 'continue\n');
-    const [command, ...first] = debian.command(debian.path('usr/bin/bochs-bin'));
-    this.#process = spawn(command, [...first, '-q', '-f', configuration, '-rc', debuggerScript], {
+    // However we end: an emulator that nobody waits for would take a processor for ever.
+    const [command, ...first] = debian.command(debian.path('usr/bin/setpriv'));
+    const bochs = debian.command(debian.path('usr/bin/bochs-bin'));
+    const options = ['-q', '-f', configuration, '-rc', debuggerScript];
+    const args = [...first, '--pdeathsig', 'KILL', ...bochs, ...options];
+    this.#process = spawn(command, args, {
       stdio: 'ignore',
       // Ctrl-C is for us, and we end it.
       detached: true,
@@ -52,17 +56,10 @@ export class Bochs {
         TERM: 'dumb',
       },
     });
-    // Also when we end without having been asked: an emulator that nobody waits for takes a core for ever.
-    const kill = () => this.#process.kill('SIGKILL');
-    process.once('exit', kill);
     this.ended = new Promise((resolve) => {
-      const end = (how: string) => {
-        process.off('exit', kill);
-        resolve(how);
-      };
-      this.#process.once('error', (error) => end(error.message));
+      this.#process.once('error', (error) => resolve(error.message));
       // It exits with 1 also when the machine has switched itself off.
-      this.#process.once('exit', (code, signal) => end(signal ?? `exit code ${code}`));
+      this.#process.once('exit', (code, signal) => resolve(signal ?? `exit code ${code}`));
     });
   }
 

@@ -1,4 +1,4 @@
-import { readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { copyFileSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import { cpioOf } from './cpio.js';
@@ -32,6 +32,7 @@ export function ensureCd(
     vmlinux: join(folder, 'vmlinux'),
     initrd: join(folder, 'initrd'),
   };
+  const node = join(folder, 'node');
   const iso = join(folder, 'rig.iso');
   steps.ensure({
     name: 'kernels',
@@ -58,9 +59,9 @@ export function ensureCd(
       makeDom0Tree(tree, debian, projectRoot, { project: PROJECT, library });
       writeFileSync(join(tree, JOB_IN_DOM0), JSON.stringify(job));
       writeFileSync(files.initrd, cpioOf(tree));
-      makeIso(iso, debian, files, join(folder, 'cd'));
-      rmSync(tree, { recursive: true });
-      rmSync(files.initrd);
+      copyFileSync(process.execPath, node);
+      makeIso(iso, debian, { ...files, node }, join(folder, 'cd'));
+      for (const path of [tree, files.initrd, node]) rmSync(path, { recursive: true });
     },
   });
   return iso;

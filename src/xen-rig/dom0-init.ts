@@ -7,8 +7,15 @@ export const RESULTS_TTY = '/dev/ttyS1';
 /** Begins the lines that tell on the console how far the boot has come. */
 export const STAGE_MARK = '### ';
 
-/** Kernel modules, in the order in which they are loaded: xenfs needs xen-privcmd. */
+/** Kernel modules, in the order in which they are loaded: each behind those it needs; xenfs needs xen-privcmd. */
 export const MODULES = [
+  'drivers/scsi/scsi_common.ko',
+  'drivers/scsi/scsi_mod.ko',
+  'drivers/ata/libata.ko',
+  'drivers/ata/ata_piix.ko',
+  'drivers/cdrom/cdrom.ko',
+  'drivers/scsi/sr_mod.ko',
+  'fs/isofs/isofs.ko',
   'drivers/xen/xen-privcmd.ko',
   'drivers/xen/xenfs/xenfs.ko',
   'drivers/xen/xen-evtchn.ko',
@@ -39,8 +46,9 @@ xen-init-dom0
 # Without it a domain is never created.
 xenconsoled --pid-file=/run/xenconsoled.pid
 stty -F ${RESULTS_TTY} 115200 raw -echo
+until mount -r -t iso9660 /dev/sr0 /cd 2> /dev/null; do sleep 0.1; done
 say node
-node --wasm-lazy-compilation ${PROJECT_IN_DOM0}/dist/xen-rig/in-dom0.js "$(cat ${PROJECT_IN_DOM0}/job.json)" > ${RESULTS_TTY}
+/cd/node --wasm-lazy-compilation ${PROJECT_IN_DOM0}/dist/xen-rig/in-dom0.js "$(cat ${PROJECT_IN_DOM0}/job.json)" > ${RESULTS_TTY}
 say "node ended with $?"
 poweroff -f
 `;

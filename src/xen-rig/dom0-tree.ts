@@ -1,4 +1,3 @@
-import { spawnSync } from 'node:child_process';
 import {
   chmodSync,
   cpSync,
@@ -18,7 +17,7 @@ export const JOB_IN_DOM0 = join(PROJECT_IN_DOM0, 'job.json');
 const LIBRARIES_IN_DOM0 = 'lib/x86_64-linux-gnu';
 const XEN_BIN = 'usr/lib/xen-4.17/bin';
 const XEN_PROGRAMS = ['xl', 'xenstored', 'xenconsoled', 'xen-init-dom0'];
-const APPLETS = ['cat', 'insmod', 'ln', 'mkdir', 'mount', 'poweroff', 'sh', 'stty'];
+const APPLETS = ['cat', 'insmod', 'ln', 'mkdir', 'mount', 'poweroff', 'sh', 'sleep', 'stty'];
 /** Loaded at run time only, by libvmi and by us, or by the C library when a thread is cancelled. */
 const ALSO_NEEDED = ['libxenctrl', 'libxenstore', 'libxenforeignmemory', 'libxenevtchn', 'libgcc_s'];
 
@@ -29,7 +28,7 @@ export interface Dom0Contents {
   readonly library: string;
 }
 
-/** Makes dom0's file system in `tree`: Xen's tools, Node, the project. */
+/** Makes dom0's file system in `tree`: Xen's tools, the project, and what Node needs. Node itself is on the CD. */
 export function makeDom0Tree(
   tree: string,
   debian: DebianRoot,
@@ -39,6 +38,7 @@ export function makeDom0Tree(
   rmSync(tree, { recursive: true, force: true });
   for (const folder of [
     'bin',
+    'cd',
     'dev',
     'etc/xen',
     'lib64',
@@ -75,8 +75,7 @@ export function makeDom0Tree(
     add(debian.path(XEN_BIN, program), join(XEN_BIN, program));
     symlinkSync(`/${XEN_BIN}/${program}`, join(tree, 'bin', program));
   }
-  add(process.execPath, 'bin/node');
-  withoutSymbols(join(tree, 'bin/node'));
+  for (const [name, path] of debian.librariesOf(process.execPath)) libraries.set(name, path);
   add(contents.library, join(VMI_LIBRARY_FOLDER, basename(contents.library)));
   for (const folder of debian.libraryFolders) {
     for (const name of existsSync(folder) ? readdirSync(folder) : []) {
@@ -99,9 +98,4 @@ export function makeDom0Tree(
       dereference: true,
     });
   }
-}
-
-/** A tenth less to load from the emulated CD; where it cannot be done, it is only slower. */
-function withoutSymbols(program: string): void {
-  spawnSync('strip', ['-s', program], { stdio: 'ignore' });
 }

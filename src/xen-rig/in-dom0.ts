@@ -33,7 +33,7 @@ function stage(text: string): void {
 }
 
 async function main(job: Dom0Job): Promise<readonly string[]> {
-  const { seed, vcpus, memoryMB, seconds, library, threshold } = job;
+  const { seed, vcpus, memoryMB, seconds, hooks, library, threshold } = job;
   const artefacts = readGuestArtefacts();
   const { image, pvh, module } = artefacts;
   const { elf, guest } = pvhKernel({
@@ -54,7 +54,7 @@ async function main(job: Dom0Job): Promise<readonly string[]> {
   const { summary, relocated, shortcomings } = await runMainJob(
     bed,
     artefacts,
-    { seconds, mostExtraSeconds: MOST_EXTRA_SECONDS, hooks: undefined, handler: 'auto', library, threshold },
+    { seconds, mostExtraSeconds: MOST_EXTRA_SECONDS, hooks, handler: 'auto', library, threshold },
     progress,
     new AbortController().signal,
   );

@@ -32,6 +32,8 @@ export interface BootFiles {
   readonly xen: string;
   readonly vmlinux: string;
   readonly initrd: string;
+  /** Read from there when it runs: most of it is never needed, and GRUB is slow. */
+  readonly node: string;
 }
 
 /** Writes a CD to `iso` that a PC boots: GRUB, then Xen with dom0. */

@@ -8,6 +8,8 @@ export const PACKAGES = [
   // The machine. The terminal stands for a graphical display, which nobody needs.
   'bochs',
   'bochs-term',
+  // setpriv, by which it ends when we do.
+  'util-linux',
   // The hypervisor, its tools, and the headers that native/xen is built with.
   'xen-hypervisor-4.17-amd64',
   'xen-utils-4.17',

@@ -5,6 +5,7 @@ export interface Dom0Job {
   /** The path in dom0 of the library to attach through. */
   readonly library: string;
   readonly seed: number;
+  readonly hooks: readonly string[];
   readonly vcpus: number;
   readonly memoryMB: number;
   /** Length of each phase. */
