@@ -16,7 +16,7 @@ export const EXIT = {
 export const EXIT_MEANINGS: Readonly<Record<number, string>> = {
   [EXIT.ok]: 'done, and the guest is as it was found',
   [EXIT.internal]:
-    'an error in memtables itself, or a demo or benchmark that was stopped or did not show what it has to',
+    'an error in memtables itself, or a demo, benchmark or rig that was stopped or did not show what it has to',
   [EXIT.usage]: 'a wrong argument, or a file that cannot be read or written',
   [EXIT.environment]: 'something is missing or in the way: set-up, library, socket, journal, hypervisor',
   [EXIT.hypervisor]:

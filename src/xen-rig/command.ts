@@ -85,10 +85,11 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
       },
     };
     const { facts, shortcomings } = await watch(machine, runFilesIn(run), LIMIT_SECONDS, watcher, stop);
-    const bed = { ...facts, library: library.name };
+    // A serial line may lose what it likes.
+    if (summary === undefined) throw rigFailed(['its summary got lost'], run);
     output.result(
-      { ...summary?.record, ...bed },
-      `${summary?.text}\non ${facts.hypervisor}, ${facts.ept ? 'with' : 'WITHOUT'} EPT, through ${library.name}`,
+      { ...summary.record, ...facts, library: library.name },
+      `${summary.text}\non ${facts.hypervisor}, ${facts.ept ? 'with' : 'WITHOUT'} EPT, through ${library.name}`,
     );
     const found = facts.ept ? shortcomings : [...shortcomings, 'Xen did not say that it uses EPT'];
     if (found.length > 0) throw rigFailed(found, run);
