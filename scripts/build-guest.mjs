@@ -2,7 +2,8 @@
 // imports from, sets what the linker cannot, and writes the kernel's ISF profile and the list of its switch sites.
 //
 //   node scripts/build-guest.mjs OUTDIR     writes ntoskrnl.exe, hal.dll, ntoskrnl.json and sites.json there, and
-//                                           into pvh/ the HAL and the start-up page of a Xen PVH domain
+//                                           into pvh/ the HAL and the start-up page of a Xen PVH domain, and the
+//                                           code of the guest for the conformance checks on Xen
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
@@ -47,6 +48,8 @@ const PVH_START = {
   imageBase: 0,
   units: ['platform/pvh-start'],
 };
+/** It runs wherever it is put. */
+const PVH_WATCHED = { ...PVH_START, file: 'watched.exe', units: ['platform/watched'] };
 
 // IMAGE_SCN_*: what a section is and how it may be treated.
 const CODE = 0x20;
@@ -348,7 +351,12 @@ function main(output) {
     writeFileSync(join(output, KERNEL.file), image);
     writeFileSync(join(output, HAL.file), linkHal(HAL, work));
     writeFileSync(join(output, 'pvh', HAL.file), linkHal(PVH_HAL, work));
-    writeFileSync(join(output, 'pvh', 'start.bin'), onlySection(readFileSync(link(PVH_START, work))));
+    for (const [name, part] of [
+      ['start.bin', PVH_START],
+      ['watched.bin', PVH_WATCHED],
+    ]) {
+      writeFileSync(join(output, 'pvh', name), onlySection(readFileSync(link(part, work))));
+    }
   } finally {
     rmSync(work, { recursive: true, force: true });
   }

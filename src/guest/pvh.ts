@@ -10,15 +10,18 @@ import {
   loadGuest,
 } from './loader.js';
 
-export interface PvhOptions extends GuestOptions {
-  /** The HAL of a PVH domain. */
-  readonly hal: Buffer;
+export interface PvhDomain {
   /** The start-up page, as the set-up built it. */
   readonly startPage: Buffer;
   /** 1 to 32. */
   readonly vcpus: number;
   /** Of the domain, in MB. */
   readonly memoryMB: number;
+}
+
+export interface PvhOptions extends GuestOptions, PvhDomain {
+  /** The HAL of a PVH domain. */
+  readonly hal: Buffer;
 }
 
 export interface PvhKernel {
@@ -55,7 +58,24 @@ const EFER_LMA = 0x400n;
  * @throws MemtablesError as `loadGuest`, and `INVALID_ARGUMENT` when the guest cannot have that many vCPUs
  */
 export function pvhKernel(options: PvhOptions): PvhKernel {
-  const { vcpus, memoryMB, startPage } = options;
+  let guest: LoadedGuest | undefined;
+  const elf = pvhElf(options, (memory) => {
+    guest = loadGuest(memory, options);
+    return guest.bootBlock;
+  });
+  return { elf, guest: guest! };
+}
+
+/**
+ * Makes the kernel of a domain from what `load` puts into its memory; what `load` returns is in RCX where a processor
+ * enters the kernel, and the processor's number in EDX.
+ *
+ * @throws MemtablesError `INVALID_ARGUMENT` when the domain cannot have that many vCPUs; what `load` throws
+ */
+export function pvhElf(
+  { vcpus, memoryMB, startPage }: PvhDomain,
+  load: (memory: GuestTarget) => bigint,
+): Buffer {
   if (!Number.isInteger(vcpus) || vcpus < 1 || vcpus > MAX_VCPUS) {
     throw new MemtablesError('INVALID_ARGUMENT', `the guest cannot have ${vcpus} vCPUs`, {
       remedy: `Use 1 to ${MAX_VCPUS}.`,
@@ -63,19 +83,15 @@ export function pvhKernel(options: PvhOptions): PvhKernel {
     });
   }
   const memory = new DomainMemory(vcpus, Math.max(memoryMB - XEN_MB, 0) * BYTES_PER_MB);
-  const guest = loadGuest(memory, options);
-  memory.writePhysical(gpaOfFrame(START_FRAME), withParameters(startPage, memory.entries, guest));
+  const argument = load(memory);
+  memory.writePhysical(gpaOfFrame(START_FRAME), withParameters(startPage, memory.entries, argument));
   const entry = gpaOfFrame(START_FRAME) + DOMAIN_ENTRY;
   const descriptor = Buffer.alloc(4);
   descriptor.writeUInt32LE(Number(entry));
-  return { elf: elfFile(entry, { ...PHYS32_ENTRY, descriptor }, memory.segments()), guest };
+  return elfFile(entry, { ...PHYS32_ENTRY, descriptor }, memory.segments());
 }
 
-function withParameters(
-  page: Buffer,
-  entries: readonly EntryRegisters[],
-  { bootBlock }: LoadedGuest,
-): Buffer {
+function withParameters(page: Buffer, entries: readonly EntryRegisters[], argument: bigint): Buffer {
   const filled = Buffer.from(page);
   const [first] = entries;
   const { cr0, cr3, cr4, efer, rip } = first!;
@@ -84,7 +100,7 @@ function withParameters(
   filled.writeBigUInt64LE(efer & ~EFER_LMA, EFER);
   filled.writeBigUInt64LE(cr0, CR0);
   filled.writeBigUInt64LE(rip, RIP);
-  filled.writeBigUInt64LE(bootBlock, BOOT_BLOCK);
+  filled.writeBigUInt64LE(argument, BOOT_BLOCK);
   filled.writeBigUInt64LE(BigInt(entries.length), PROCESSORS);
   entries.forEach(({ rsp }, processor) => {
     filled.writeBigUInt64LE(rsp, STACKS + processor * STACK_BYTES);

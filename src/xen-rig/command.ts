@@ -22,7 +22,7 @@ const CACHE = join(PROJECT_ROOT, '.deps/xen-rig');
 const LIMIT_SECONDS = 900;
 
 /** The guest is the same in each run. */
-const JOB: Omit<Dom0Job, 'library'> = {
+const JOB: Omit<Dom0Job, 'library' | 'conformance'> = {
   seed: 1,
   // On a page with one-level switches and on one with two-level ones; a few hundred traps a second are too few for all.
   hooks: ['nt!NtQuerySystemInformation', 'nt!SeAccessCheck'],
@@ -37,6 +37,8 @@ export interface RigOptions {
   readonly libvmiPrefix?: string;
   /** Only bring the packages. */
   readonly prepare?: boolean;
+  /** Runs the checks of the library instead of the main job. */
+  readonly conformance?: boolean;
 }
 
 /**
@@ -61,7 +63,7 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
     outputs: [debian.folder],
     run: () => unpackPackages(debian.folder, join(CACHE, 'apt')),
   });
-  const { libvmiPrefix, prepare } = options;
+  const { libvmiPrefix, conformance = false, prepare } = options;
   if (prepare) return;
   const library =
     libvmiPrefix === undefined
@@ -69,7 +71,11 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
       : // npm changes to the project's folder; a path is relative to where it was called.
         installedLibvmi(resolve(process.env.INIT_CWD ?? '', libvmiPrefix));
   const inDom0 = join(VMI_LIBRARY_FOLDER, basename(library.path));
-  const iso = ensureCd(steps, CACHE, debian, PROJECT_ROOT, library.path, { ...JOB, library: inDom0 });
+  const iso = ensureCd(steps, CACHE, debian, PROJECT_ROOT, library.path, {
+    ...JOB,
+    library: inDom0,
+    conformance,
+  });
 
   const run = join(CACHE, 'run');
   const stop = stopRequest({ code: EXIT.internal, message: 'ended; the emulated machine ends with it' });

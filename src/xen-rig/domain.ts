@@ -39,6 +39,11 @@ export function createDomain({ name, kernel, vcpus, memoryMB }: DomainOptions, f
   return Number(xl('domid', name));
 }
 
+/** Ends a domain at once. */
+export function destroyDomain(name: string): void {
+  xl('destroy', name);
+}
+
 function xl(...args: readonly string[]): string {
   const { status, error, stdout, stderr } = spawnSync('xl', args, { encoding: 'utf8' });
   if (status === 0) return stdout.trim();

@@ -10,6 +10,7 @@ import { MemtablesError } from '../errors.js';
 import { readGuestArtefacts } from '../guest/artefacts.js';
 import { lexerText } from '../guest/lexer-text.js';
 import { pvhKernel } from '../guest/pvh.js';
+import { runChecks } from './checks/run.js';
 import { createDomain } from './domain.js';
 import { DomainMemory } from './domain-memory.js';
 import { type Dom0Job, type Dom0Line, REQUIRED_FORMS } from './report.js';
@@ -83,7 +84,9 @@ function formShortcomings(relocated: readonly Relocated[]): string[] {
 }
 
 try {
-  report({ type: 'judged', shortcomings: await main(JSON.parse(process.argv[2]!)) });
+  const job: Dom0Job = JSON.parse(process.argv[2]!);
+  const shortcomings = job.conformance ? await runChecks(job.library, FOLDER, report) : await main(job);
+  report({ type: 'judged', shortcomings });
 } catch (error) {
   report({ type: 'error', error: toPortable(error) });
 }

@@ -18,6 +18,7 @@ await new Command('test:xen')
     ),
   )
   .addOption(new Option('--prepare', 'only download and unpack the Debian packages'))
+  .option('--conformance', 'check instead, one by one, what the library does on Xen')
   .addOption(json())
   .addHelpText('after', EXIT_CODE_HELP)
   .exitOverride(exitAsDocumented)

@@ -1,9 +1,10 @@
 import type { PortableError } from '../attachment/protocol.js';
 
-/** What dom0 has to do. */
+/** What dom0 has to do: the main job, or the checks of the library. */
 export interface Dom0Job {
   /** The path in dom0 of the library to attach through. */
   readonly library: string;
+  readonly conformance: boolean;
   readonly seed: number;
   readonly hooks: readonly string[];
   readonly vcpus: number;

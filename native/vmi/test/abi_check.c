@@ -330,8 +330,9 @@ static void run(const char *command, char **rest) {
     init->entry[0].data = word(rest);
     const uint64_t flags = number(rest);
     const vmi_mode_t mode = (vmi_mode_t)number(rest);
+    const char *name = word(rest);
     vmi_init_error_t error = VMI_INIT_ERROR_NONE;
-    const status_t status = lib.vmi_init(&vmi, mode, "guest", flags, init, &error);
+    const status_t status = lib.vmi_init(&vmi, mode, *name ? name : "guest", flags, init, &error);
     free(init);
     say("= init %d error=%d", status, error);
   } else if (!strcmp(command, "version")) {
