@@ -96,6 +96,7 @@ export class Bench {
     if (this.#memory !== undefined) return;
     const { kernel } = this.guest;
     this.#memory = new DomainMemory(
+      // It never rests: only what dom0 leaves of the processor is for it.
       createDomain({ name: DOMAIN, kernel, vcpus: VCPUS, memoryMB: MEMORY_MB }, this.folder),
     );
     await this.allGoOn();

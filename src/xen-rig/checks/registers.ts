@@ -5,7 +5,7 @@ import { CODE_PAGE, DATA_BASE, DETOUR, VCPUS } from '../watched-guest.js';
 import type { Check } from './bench.js';
 
 // `reg_t`.
-const [RBX, RIP, R15, R14, CR0, CR3, CR4, EFER] = [1, 8, 17, 16, 18, 20, 22, 74];
+const [RBX, RIP, R15, R14, CR0, CR3, CR4, EFER] = [1, 8, 17, 16, 18, 20, 21, 74];
 const PROTECTION_AND_PAGING = 0x8000_0001n;
 const PAE = 0x20n;
 const LONG_MODE_ACTIVE = 0x400n;

@@ -38,6 +38,8 @@ interface CheckRecord {
   readonly passed?: boolean;
   readonly skipped?: string;
   readonly reason?: string;
+  /** By dom0's clock. */
+  readonly ms?: number;
 }
 
 /** Runs every check with `library`; returns what did not hold. */
@@ -77,7 +79,8 @@ export async function runChecks(
 }
 
 async function outcomeOf(bench: Bench, { name, run }: Check): Promise<CheckRecord> {
-  const record = { type: 'check', name } as const;
+  const started = performance.now();
+  const record = () => ({ type: 'check', name, ms: Math.round(performance.now() - started) }) as const;
   try {
     const skipped = await Promise.race([
       (async () => {
@@ -89,9 +92,14 @@ async function outcomeOf(bench: Bench, { name, run }: Check): Promise<CheckRecor
         throw new Error('it does not come to an end');
       }),
     ]);
-    return skipped === undefined ? { ...record, passed: true } : { ...record, skipped };
+    return { ...record(), ...(skipped === undefined ? { passed: true } : { skipped }) };
   } catch (error) {
+    const failure = {
+      ...record(),
+      passed: false,
+      reason: error instanceof Error ? error.message : String(error),
+    };
     await bench.cleanUp();
-    return { ...record, passed: false, reason: error instanceof Error ? error.message : String(error) };
+    return failure;
   }
 }
