@@ -266,12 +266,11 @@ describe('the library', () => {
     expect(code).toBe(3);
   });
 
-  test('for Xen is never the bundled one, which cannot speak to it', async () => {
+  test('for Xen is never the one for KVM, which cannot speak to it', async () => {
     const { code, stderr } = await run(['attach', '-n', 'x', '--xen', '-j', PROFILE, ...HOOK], {
       LD_LIBRARY_PATH: '',
     });
     expect(stderr).not.toContain('kvmi.so');
-    expect(stderr).toContain('libvmi.so.0 ');
     expect(stderr).toContain('built with its Xen driver');
     expect(code).toBe(3);
   });
@@ -280,7 +279,7 @@ describe('the library', () => {
     const args = ['attach', '-n', 'x', '--xen', '-j', PROFILE, ...HOOK, '--libvmi', BUNDLED];
     const { code, stderr } = await run(args);
     expect(stderr).toContain('memtables: could not attach to x on Xen: ');
-    expect(stderr).toContain('was built with its Xen driver and events');
+    expect(stderr).toContain('built with its Xen driver and events');
     expect(code).toBe(3);
   });
 
