@@ -29,7 +29,7 @@ const JOB: Omit<Dom0Job, 'library' | 'conformance'> = {
   vcpus: 1,
   memoryMB: 64,
   seconds: 3,
-  threshold: 5,
+  threshold: 8,
 };
 
 export interface RigOptions {
