@@ -190,13 +190,24 @@ export class LibvmiSession implements Hypervisor {
     this.#withoutAccepting((deadline) => {
       for (;;) {
         this.#finishStep(deadline);
-        this.#check('vmi_pause_vm');
-        if (this.#answering.settled()) return;
-        this.#check('vmi_resume_vm');
+        if (this.#pausedSettled()) return;
         assertNotStuck(deadline);
         this.#listen(SETTLE_LISTEN_MS);
       }
     });
+  }
+
+  /** Pauses; lets the guest run again where it is not settled, or that cannot be found out. */
+  #pausedSettled(): boolean {
+    this.#check('vmi_pause_vm');
+    try {
+      if (this.#answering.settled()) return true;
+    } catch (error) {
+      this.#call('vmi_resume_vm');
+      throw error;
+    }
+    this.#check('vmi_resume_vm');
+    return false;
   }
 
   #withoutAccepting(work: (deadline: number) => void): void {

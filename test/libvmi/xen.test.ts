@@ -448,6 +448,19 @@ describe('showing them fails', () => {
   });
 });
 
+describe('looking at a vCPU fails', () => {
+  test('while a pause waits for what it emulates: the guest is not left paused', () => {
+    hide(DATA + 8n, '11223344', 'aabbccdd');
+    onlyRead = 4;
+    load('8b06', { rsi: DATA + 8n }); // mov eax, [rsi]
+    session.listen(1);
+    expect(library.answers.withData).toBe(1);
+    vi.spyOn(library.functions, 'vmi_get_vcpuregs').mockReturnValue(1);
+    expect(() => session.pause()).toThrow(expect.objectContaining({ code: 'HYPERVISOR_GONE' }));
+    expect(library.functions.vmi_resume_vm(0n)).toBe(1);
+  });
+});
+
 describe('closing with a violation that was raised before', () => {
   test('shows nothing any more: it is decided by the permissions that the frame has then', () => {
     hide(DATA + 8n, '11223344', 'aabbccdd');
