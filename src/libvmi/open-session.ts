@@ -128,7 +128,7 @@ function kvmRemedy(code: number, library: string, socket: string, waited: boolea
 function xenRemedy(code: number): string {
   if (code === abi.INIT_ERROR_VM_NOT_FOUND) return 'Check the name (xl list).';
   return (
-    'Run it in dom0 as root. libvmi has to be built with its Xen driver and events, and the Xen libraries that it ' +
-    'loads have to be installed.'
+    'See what the library has printed. It has to run in dom0 as root; libvmi has to be built with its Xen driver and ' +
+    'events, and the Xen libraries that it loads have to be installed.'
   );
 }
