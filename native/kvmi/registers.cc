@@ -98,7 +98,8 @@ status_t vmi_get_vcpuregs(vmi_instance_t vmi, registers_t *regs, unsigned long v
     wire::RegistersReply fixed;
     wire::Msr msrs[kMsrCount];
   } reply;
-  if (!kvmiOf(vmi).connection->request(wire::MessageId::kGetRegisters, {header, command, kMsrIndexes}, &reply, sizeof reply))
+  Connection &connection = *kvmiOf(vmi).connection;
+  if (!connection.request(wire::MessageId::kGetRegisters, {header, command, kMsrIndexes}, &reply, sizeof reply))
     return VMI_FAILURE;
 
   x86_registers_t &x86 = regs->x86;

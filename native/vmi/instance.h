@@ -23,7 +23,7 @@ struct vmi_instance {
   /** Before vCPUs are stepped, also by answers to events; false where the hypervisor cannot. */
   virtual bool prepareSingleSteps() = 0;
   virtual bool setSingleStep(uint32_t vcpu, bool enable) = 0;
-  /** Handles what is queued until nothing is, also what callbacks cause to be queued. */
+  /** Handles what is queued. Of what is queued meanwhile it leaves some: a guest may raise events without end. */
   virtual void dispatchQueued() = 0;
 
   uint64_t initFlags = 0;

@@ -1,14 +1,15 @@
 /*
- * libvmi's C interface, as far as memtables uses it: instances, physical and virtual memory, registers, pause. Names and layouts are those of libvmi 0.15, so a program compiled against either header runs
- * on either library. Memory events are in events.h.
+ * libvmi's C interface, as far as memtables uses it: instances, physical and virtual memory, registers, pause. Names and
+ * layouts are those of libvmi 0.15, so a program compiled against either header runs on either library. Memory events
+ * are in events.h.
  *
  * Every function returns VMI_SUCCESS or VMI_FAILURE unless it says otherwise; the reason of a failure goes to
  * stderr. An instance belongs to one thread. No call waits longer than about ten seconds for the hypervisor, except
  * vmi_events_listen, which waits as long as it is told. After the hypervisor has gone away, broken the protocol or
  * left a command unanswered, every call that needs it fails; only vmi_destroy is left.
  *
- * There are two libraries, one for KVM (over a KVMI socket) and one for Xen. What is said here of KVM is otherwise on
- * Xen by docs/xen-library.md; where the first differs from libvmi is written down in docs/kvmi-library.md.
+ * There are two libraries with it, one for KVM (over a KVMI socket) and one for Xen. These headers describe the one for
+ * KVM: docs/xen-library.md says what is different on Xen, docs/kvmi-library.md where the one for KVM differs from libvmi.
  */
 #ifndef LIBVMI_H
 #define LIBVMI_H
