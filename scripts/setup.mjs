@@ -256,7 +256,8 @@ const steps = [
     what: HAS_XEN
       ? 'building the library for Xen (about 10 s)'
       : 'no library for Xen: libxen-dev is missing (Debian: apt-get install libxen-dev; or unpack it and name the folder in MEMTABLES_XEN_PREFIX)',
-    inputs: HAS_XEN ? ['native/xen', 'native/vmi'] : [],
+    // The header changes with each version of Xen, on which an older build cannot be loaded.
+    inputs: HAS_XEN ? ['native/xen', 'native/vmi', join(XEN_PREFIX, 'usr/include/xenctrl.h')] : [],
     salt: HAS_XEN ? XEN_PREFIX : 'none',
     outputs: HAS_XEN ? [XEN_LIBRARY] : [],
     run: HAS_XEN ? buildForXen : undefined,
