@@ -105,10 +105,11 @@ program
   )
   .requiredOption(
     '-n, --name <name>',
-    'the VM, as libvmi knows it; the bundled library does not look at it, and attaches to whoever connects',
+    'the VM, as libvmi or `xl list` names it; the bundled library for KVM does not look at it, and attaches to whoever ' +
+      'connects',
   )
   .option('-s, --socket <path>', 'for a VM on KVM: unix socket that the hypervisor connects to')
-  .option('--xen', 'for a VM on Xen (needs an installed libvmi, or --libvmi)')
+  .option('--xen', 'for a VM on Xen, in whose dom0 this runs as root')
   .requiredOption('-j, --profile <file>', "ISF profile of the guest's kernel (JSON)")
   .addOption(hook('at least one'))
   .addOption(
