@@ -156,42 +156,16 @@ function buildNative() {
   );
 }
 
-/**
- * Where Debian's libxen-dev lies: unpacked below a folder that was named or is that of `npm run test:xen`, or installed
- * (then the compiler finds it by itself).
- */
-const XEN_PREFIXES = [process.env.MEMTABLES_XEN_PREFIX, join(DEPS, 'xen-rig/root'), '/'].filter(Boolean);
+/** Where Debian's libxen-dev lies: unpacked below a folder that was named, or installed. */
+const XEN_PREFIXES = [process.env.MEMTABLES_XEN_PREFIX, '/'].filter(Boolean);
 const XEN_PREFIX = XEN_PREFIXES.find((prefix) => existsSync(join(prefix, 'usr/include/xenctrl.h')));
 const HAS_XEN = XEN_PREFIX !== undefined;
 const XEN_LIBRARY = 'build/Release/xen.so';
 
 function buildForXen() {
-  const libraries = join(XEN_PREFIX, 'usr/lib/x86_64-linux-gnu');
-  const unpacked = [
-    `-L${libraries}`,
-    `-Wl,-rpath-link,${libraries}`,
-    '-isystem',
-    join(XEN_PREFIX, 'usr/include'),
-  ];
-  mkdirSync(dirname(XEN_LIBRARY), { recursive: true });
   run(
-    'c++',
-    [
-      // Xen's headers need GNU's extensions.
-      ...[
-        '-std=gnu++17',
-        '-O2',
-        '-Wall',
-        '-Wextra',
-        '-fPIC',
-        '-fvisibility=hidden',
-        '-shared',
-        '-Wl,-z,defs',
-      ],
-      ...['-I', 'native/vmi/include', ...(XEN_PREFIX === '/' ? [] : unpacked)],
-      ...['native/vmi', 'native/xen'].flatMap(filesBelow).filter((file) => file.endsWith('.cc')),
-      ...['-lxenctrl', '-lxenforeignmemory', '-lxenevtchn', '-lxenstore', '-o', XEN_LIBRARY],
-    ],
+    process.execPath,
+    ['scripts/build-xen.mjs', XEN_PREFIX, XEN_LIBRARY],
     "see the compiler's message above; Xen 4.17's headers and libraries are needed (Debian: apt-get install libxen-dev)",
   );
 }
@@ -257,7 +231,9 @@ const steps = [
       ? 'building the library for Xen (about 10 s)'
       : 'no library for Xen: libxen-dev is missing (Debian: apt-get install libxen-dev; or unpack it and name the folder in MEMTABLES_XEN_PREFIX)',
     // The header changes with each version of Xen, on which an older build cannot be loaded.
-    inputs: HAS_XEN ? ['native/xen', 'native/vmi', join(XEN_PREFIX, 'usr/include/xenctrl.h')] : [],
+    inputs: HAS_XEN
+      ? ['native/xen', 'native/vmi', 'scripts/build-xen.mjs', join(XEN_PREFIX, 'usr/include/xenctrl.h')]
+      : [],
     salt: HAS_XEN ? XEN_PREFIX : 'none',
     outputs: HAS_XEN ? [XEN_LIBRARY] : [],
     run: HAS_XEN ? buildForXen : undefined,

@@ -73,7 +73,7 @@ bool Monitor::await(const vmi::Deadline &deadline) {
 
 unsigned Monitor::pending() const {
   // Never more than the ring holds, whatever its page says.
-  return RING_HAS_UNCONSUMED_REQUESTS(&ring_);
+  return XEN_RING_NR_UNCONSUMED_REQUESTS(&ring_);
 }
 
 std::optional<Request> Monitor::next() {

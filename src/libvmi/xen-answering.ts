@@ -91,6 +91,8 @@ export class XenAnswering implements Answering {
     const length = read ? this.hidden?.onlyRead(violation) : undefined;
     const needsStep = read && this.hidden !== undefined && length === undefined;
     if (needsStep && this.#step !== undefined && !stepping) return AGAIN;
+    // Released since it trapped: the step would trap it again at its end.
+    if (needsStep && !this.guest.trapped().includes(gfnOf(violation.gpa))) return AGAIN;
     const data = ask();
     if (needsStep) return this.#stepOver(violation);
     if (data === undefined) return this.completed(violation);

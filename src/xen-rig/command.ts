@@ -67,7 +67,7 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
   if (prepare) return;
   const library =
     libvmiPrefix === undefined
-      ? nativeXen(PROJECT_ROOT)
+      ? nativeXen(steps, CACHE, debian, PROJECT_ROOT)
       : // npm changes to the project's folder; a path is relative to where it was called.
         installedLibvmi(resolve(process.env.INIT_CWD ?? '', libvmiPrefix));
   const inDom0 = join(VMI_LIBRARY_FOLDER, basename(library.path));

@@ -2,6 +2,8 @@ import { spawnSync } from 'node:child_process';
 import { existsSync, readFileSync, realpathSync } from 'node:fs';
 import { join } from 'node:path';
 import { MemtablesError } from '../errors.js';
+import type { DebianRoot } from './debian-root.js';
+import type { Steps } from './steps.js';
 
 /** The library that dom0 attaches through. */
 export interface VmiLibrary {
@@ -24,15 +26,23 @@ export function installedLibvmi(prefix: string): VmiLibrary {
   return { name: `libvmi-${version}`, path: realpathSync(library) };
 }
 
-/** Our own, built against the Xen of the rig, which the set-up finds once it has been unpacked. */
-export function nativeXen(projectRoot: string): VmiLibrary {
-  const path = join(projectRoot, 'build/Release/xen.so');
-  const { status } = spawnSync(process.execPath, ['scripts/setup.mjs'], {
-    cwd: projectRoot,
-    stdio: ['ignore', 2, 2],
+/** Our own, built against the Xen of the rig. */
+export function nativeXen(steps: Steps, cache: string, debian: DebianRoot, projectRoot: string): VmiLibrary {
+  const path = join(cache, 'xen.so');
+  steps.ensure({
+    name: 'library',
+    what: 'building the library for Xen',
+    inputs: ['native/xen', 'native/vmi', 'scripts/build-xen.mjs'].map((input) => join(projectRoot, input)),
+    salt: '',
+    outputs: [path],
+    run: () => {
+      const args = ['scripts/build-xen.mjs', debian.folder, path];
+      const { status } = spawnSync(process.execPath, args, { cwd: projectRoot, stdio: ['ignore', 2, 2] });
+      if (status === 0) return;
+      throw new MemtablesError('SETUP_INCOMPLETE', 'the library for Xen could not be built', {
+        remedy: 'See what the compiler printed above.',
+      });
+    },
   });
-  if (status === 0 && existsSync(path)) return { name: 'native-xen', path };
-  throw new MemtablesError('SETUP_INCOMPLETE', 'the library for Xen could not be built', {
-    remedy: 'See what the set-up printed above.',
-  });
+  return { name: 'native-xen', path };
 }

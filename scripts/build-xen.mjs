@@ -1,0 +1,35 @@
+// Builds libvmi's C ABI over Xen's own libraries: `node scripts/build-xen.mjs PREFIX LIBRARY`, where PREFIX is the folder
+// that Debian's libxen-dev was unpacked to, or / where it is installed.
+import { spawnSync } from 'node:child_process';
+import { mkdirSync, readdirSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+
+const [prefix, library] = process.argv.slice(2);
+
+function sourcesIn(folder) {
+  return readdirSync(folder)
+    .filter((name) => name.endsWith('.cc'))
+    .map((name) => join(folder, name));
+}
+
+// What is installed the compiler finds by itself.
+function whereUnpacked() {
+  if (prefix === '/') return [];
+  const libraries = join(prefix, 'usr/lib/x86_64-linux-gnu');
+  return ['-isystem', join(prefix, 'usr/include'), `-L${libraries}`, `-Wl,-rpath-link,${libraries}`];
+}
+
+mkdirSync(dirname(library), { recursive: true });
+const { status, error } = spawnSync(
+  'c++',
+  [
+    // Xen's headers need GNU's extensions.
+    ...['-std=gnu++17', '-O2', '-Wall', '-Wextra', '-fPIC', '-fvisibility=hidden'],
+    ...['-shared', '-Wl,-z,defs', '-I', 'native/vmi/include', ...whereUnpacked()],
+    ...['native/vmi', 'native/xen'].flatMap(sourcesIn),
+    ...['-lxenctrl', '-lxenforeignmemory', '-lxenevtchn', '-lxenstore', '-o', library],
+  ],
+  { stdio: ['ignore', 2, 2] },
+);
+if (error) throw error;
+process.exitCode = status ?? 1;
