@@ -9,6 +9,8 @@ import { MEMORY_MB, resultOf, VCPUS, type WatchedPage, watchedGuest } from '../w
 /** What a library with libvmi's C ABI has to do on Xen. */
 export interface Check {
   readonly name: string;
+  /** Why libvmi itself does otherwise. */
+  readonly notByLibvmi?: string;
   /** Throws where it does not hold; returns the reason where it cannot be shown here. */
   run(bench: Bench): Promise<string | undefined> | Promise<void>;
 }

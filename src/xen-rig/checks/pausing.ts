@@ -27,6 +27,7 @@ export const PAUSING: readonly Check[] = [
       await bench.allGoOn();
       assert.equal(await program.result('pause'), '0');
       await bench.allStandStill();
+      assert.equal(await program.result('resume'), '0');
     },
   },
   {
@@ -50,6 +51,7 @@ export const PAUSING: readonly Check[] = [
       assert.equal(await program.result(`read ${resultOf(0, 'passes')} 8`), `0 8 ${passes}`);
       assert.equal(await program.result(`write ${resultOf(0, 'detours')} 0000000000000000`), '0 8');
       assert.equal(bench.result(0, 'detours'), 0n);
+      await program.run('resume');
     },
   },
   {

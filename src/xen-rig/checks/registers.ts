@@ -38,6 +38,7 @@ export const REGISTERS: readonly Check[] = [
         own.add(await register(program, vcpu, R14));
       }
       assert.equal(own.size, VCPUS);
+      await program.run('resume');
     },
   },
   {
