@@ -64,7 +64,7 @@ export interface MainJobResult {
   readonly shortcomings: readonly string[];
 }
 
-const POLL_MS = 50;
+const POLL_MS = 250;
 
 /**
  * The main job: three phases of equal length, an unload, and the proof that the guest never noticed.
