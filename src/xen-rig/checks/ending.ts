@@ -76,7 +76,6 @@ export const ENDING: readonly Check[] = [
         [`read ${READ_8.gpa} 4`]: '1 0 ',
         [`write ${READ_8.gpa} aa`]: '1 0',
         'set-registers 0': '1',
-        pause: '1',
         [`watch 1 ${WRITTEN.gfn} ${ACCESS.readWrite}`]: '1',
         'paging 0': '1',
       };

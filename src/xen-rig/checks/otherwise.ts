@@ -53,4 +53,8 @@ export const DEFINED_OTHERWISE: readonly { readonly name: string; readonly reaso
     name: 'a page that was read is stale until it is flushed',
     reason: 'libvmi keeps a mapping on Xen, in which the guest is seen at work',
   },
+  {
+    name: 'a hypervisor that has gone refuses a pause',
+    reason: 'a domain that was destroyed is there, and can be paused, as long as somebody holds on to it',
+  },
 ];

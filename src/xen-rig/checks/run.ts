@@ -2,6 +2,7 @@
 // other. The checks of test/conformance, which run against a scripted peer, are the model.
 import { basename, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { stripVTControlCharacters } from 'node:util';
 import { PROJECT_IN_DOM0 } from '../dom0-init.js';
 import type { Dom0Line } from '../report.js';
 import { ATTACHING } from './attaching.js';
@@ -101,7 +102,7 @@ async function outcomeOf(bench: Bench, { name, run }: Check): Promise<CheckRecor
     const failure = {
       ...record(),
       passed: false,
-      reason: error instanceof Error ? error.message : String(error),
+      reason: stripVTControlCharacters(error instanceof Error ? error.message : String(error)),
     };
     await bench.cleanUp();
     return failure;
