@@ -1,6 +1,6 @@
 import { strict as assert } from 'node:assert';
 import { READ_8, resultOf, VCPUS } from '../watched-guest.js';
-import { ACCESS, answer, type Check, RESPOND, watch } from './bench.js';
+import { ACCESS, answer, type Check, nextLines, RESPOND, watch } from './bench.js';
 
 const TIMES = 20;
 
@@ -77,7 +77,7 @@ export const PAUSING: readonly Check[] = [
       const program = await bench.attach();
       await program.run(`actions pause respond ${RESPOND.emulate}`);
       await watch(program, 0, READ_8, ACCESS.readWrite);
-      const { events } = await program.run('listen 10000');
+      const events = await nextLines(program);
       const pauses = events.filter((line) => line === 'in pause 0').length;
       assert.notEqual(pauses, 0);
       await bench.allStandStill();
