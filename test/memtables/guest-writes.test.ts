@@ -101,7 +101,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     // Another write that concerns us brings the next work step; its time comes when the guest has run for long enough.
     for (const { site } of handlersOf(events).filter((each) => each.site !== victim.site)) {
       if (engine.statistics().slack.free > free) break;
-      sleep(100);
+      sleep(400);
       store(site, kernel.image.read(Number(site - kernel.base), 1)[0]!);
       workAll(engine);
     }
