@@ -30,6 +30,8 @@ export interface MainJobOptions {
   readonly library: string | undefined;
   /** As `AttachOptions` has it. */
   readonly threshold?: number;
+  /** Relocates no more once there are so many switches of each form; all that become hot without it. */
+  readonly enoughOfEachForm?: number;
 }
 
 export type PhaseName = 'unhooked' | 'hooked' | 'relocated';
@@ -112,8 +114,12 @@ async function measure(
 ): Promise<MainJobResult> {
   const relocated: Relocated[] = [];
   const decided: Decided[] = [];
+  let stopsRelocating: Promise<void> | undefined;
   attachment.on('event', (event) => {
-    if (event.type === 'relocated') relocated.push(event);
+    if (event.type === 'relocated') {
+      relocated.push(event);
+      if (hasEnough(relocated, options.enoughOfEachForm)) stopsRelocating ??= attachment.setRelocation(false);
+    }
     if (event.type === 'relocated' || event.type === 'refused') decided.push(event);
     progress.event(event);
   });
@@ -140,6 +146,7 @@ async function measure(
   await attachment.setRelocation(true);
   const relocatedBefore = relocated.length;
   const last = await phase('relocated');
+  await stopsRelocating;
   const engine = await attachment.statistics();
   const unload = await attachment.unload();
 
@@ -223,4 +230,10 @@ function checksumsAreRight({ sites }: GuestArtefacts, { guest }: BedStatistics):
   return guest.streams.every(({ form, seed, count, checksum }) => {
     return predictChecksum(sites.calls, form, seed, BigInt(count)) === checksum;
   });
+}
+
+function hasEnough(relocated: readonly Relocated[], enough: number | undefined): boolean {
+  if (enough === undefined) return false;
+  const count = (form: Relocated['form']) => relocated.filter((each) => each.form === form).length;
+  return count('one-level') >= enough && count('two-level') >= enough;
 }

@@ -55,7 +55,15 @@ async function main(job: Dom0Job): Promise<readonly string[]> {
   const { summary, relocated, shortcomings } = await runMainJob(
     bed,
     artefacts,
-    { seconds, mostExtraSeconds: MOST_EXTRA_SECONDS, hooks, handler: 'auto', library, threshold },
+    {
+      seconds,
+      mostExtraSeconds: MOST_EXTRA_SECONDS,
+      hooks,
+      handler: 'auto',
+      library,
+      threshold,
+      enoughOfEachForm: 1,
+    },
     progress,
     new AbortController().signal,
   );
