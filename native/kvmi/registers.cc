@@ -1,5 +1,6 @@
 #include "registers.h"
 
+#include "../vmi/registers.h"
 #include "instance.h"
 
 namespace kvmi {
@@ -17,51 +18,11 @@ uint64_t attributesOf(const wire::Segment &segment) {
          (segment.avl & 1u) << 8 | (segment.l & 1u) << 9 | (segment.db & 1u) << 10 | (segment.g & 1u) << 11;
 }
 
-wire::Registers toWire(const x86_registers_t &from) {
-  wire::Registers to{};
-  to.rax = from.rax;
-  to.rbx = from.rbx;
-  to.rcx = from.rcx;
-  to.rdx = from.rdx;
-  to.rsi = from.rsi;
-  to.rdi = from.rdi;
-  to.rsp = from.rsp;
-  to.rbp = from.rbp;
-  to.r8 = from.r8;
-  to.r9 = from.r9;
-  to.r10 = from.r10;
-  to.r11 = from.r11;
-  to.r12 = from.r12;
-  to.r13 = from.r13;
-  to.r14 = from.r14;
-  to.r15 = from.r15;
-  to.rip = from.rip;
-  to.rflags = from.rflags;
-  return to;
-}
-
 }  // namespace
 
 x86_registers_t fromWire(const wire::Registers &general, const wire::SpecialRegisters &special) {
   x86_registers_t to{};
-  to.rax = general.rax;
-  to.rbx = general.rbx;
-  to.rcx = general.rcx;
-  to.rdx = general.rdx;
-  to.rsi = general.rsi;
-  to.rdi = general.rdi;
-  to.rsp = general.rsp;
-  to.rbp = general.rbp;
-  to.r8 = general.r8;
-  to.r9 = general.r9;
-  to.r10 = general.r10;
-  to.r11 = general.r11;
-  to.r12 = general.r12;
-  to.r13 = general.r13;
-  to.r14 = general.r14;
-  to.r15 = general.r15;
-  to.rip = general.rip;
-  to.rflags = general.rflags;
+  copyGeneral(to, general);
   to.cr0 = special.cr0;
   to.cr2 = special.cr2;
   to.cr3 = special.cr3;
@@ -119,6 +80,8 @@ status_t vmi_set_vcpuregs(vmi_instance_t vmi, registers_t *regs, unsigned long v
   if (vmi == nullptr || regs == nullptr || vcpu > UINT16_MAX) return VMI_FAILURE;
   wire::VcpuHeader header{};
   header.vcpu = static_cast<uint16_t>(vcpu);
-  const bool done = kvmiOf(vmi).connection->request(wire::MessageId::kSetRegisters, {header, toWire(regs->x86)});
+  wire::Registers general{};
+  copyGeneral(general, regs->x86);
+  const bool done = kvmiOf(vmi).connection->request(wire::MessageId::kSetRegisters, {header, general});
   return done ? VMI_SUCCESS : VMI_FAILURE;
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../vmi/log.h"
+#include "../vmi/registers.h"
 #include "domain.h"
 #include "registers.h"
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../vmi/log.h"
+#include "../vmi/registers.h"
 #include "instance.h"
 
 namespace xen {

@@ -6,29 +6,6 @@
 
 namespace xen {
 
-/** RAX to R15, RIP and RFLAGS: what can be set. Xen's structures name them as libvmi's does. */
-template <typename To, typename From>
-void copyGeneral(To &to, const From &from) {
-  to.rax = from.rax;
-  to.rcx = from.rcx;
-  to.rdx = from.rdx;
-  to.rbx = from.rbx;
-  to.rsp = from.rsp;
-  to.rbp = from.rbp;
-  to.rsi = from.rsi;
-  to.rdi = from.rdi;
-  to.r8 = from.r8;
-  to.r9 = from.r9;
-  to.r10 = from.r10;
-  to.r11 = from.r11;
-  to.r12 = from.r12;
-  to.r13 = from.r13;
-  to.r14 = from.r14;
-  to.r15 = from.r15;
-  to.rip = from.rip;
-  to.rflags = from.rflags;
-}
-
 /** What an event tells of its vCPU; the rest stays zero, as in libvmi. */
 x86_registers_t fromEvent(const vm_event_regs_x86 &from);
 
