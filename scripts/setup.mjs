@@ -247,6 +247,7 @@ const steps = [
       'build/guest/hal.dll',
       'build/guest/pvh/hal.dll',
       'build/guest/pvh/start.bin',
+      'build/guest/pvh/watched.bin',
       'build/guest/ntoskrnl.json',
       'build/guest/sites.json',
     ],

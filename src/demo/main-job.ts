@@ -114,11 +114,11 @@ async function measure(
 ): Promise<MainJobResult> {
   const relocated: Relocated[] = [];
   const decided: Decided[] = [];
-  let stopsRelocating: Promise<void> | undefined;
   attachment.on('event', (event) => {
     if (event.type === 'relocated') {
       relocated.push(event);
-      if (hasEnough(relocated, options.enoughOfEachForm)) stopsRelocating ??= attachment.setRelocation(false);
+      // One that has ended meanwhile says so by `ended`.
+      if (hasEnough(relocated, options.enoughOfEachForm)) attachment.setRelocation(false).catch(() => {});
     }
     if (event.type === 'relocated' || event.type === 'refused') decided.push(event);
     progress.event(event);
@@ -146,7 +146,6 @@ async function measure(
   await attachment.setRelocation(true);
   const relocatedBefore = relocated.length;
   const last = await phase('relocated');
-  await stopsRelocating;
   const engine = await attachment.statistics();
   const unload = await attachment.unload();
 

@@ -16,13 +16,13 @@ export interface ElfNote {
 }
 
 const HEADER_BYTES = 64;
-const PROGRAM_HEADER_BYTES = 56;
+export const PROGRAM_HEADER_BYTES = 56;
 const NOTE_HEADER_BYTES = 12;
 const NOTE_ALIGNMENT = 4;
 const EXECUTABLE = 2;
 const X86_64 = 62;
 const VERSION = 1;
-const PT_LOAD = 1;
+export const PT_LOAD = 1;
 const PT_NOTE = 4;
 const READ = 4;
 const READ_WRITE_EXECUTE = 7;

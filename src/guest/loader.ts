@@ -133,10 +133,13 @@ const POOL_PAGES_PER_VCPU = 16;
 const POOL_PAGES = 16;
 const USER_STACK_PAGES = 2;
 
-const CR0_LONG_MODE = 0x8005_0033n; // PE MP ET NE WP AM PG
-const CR4_LONG_MODE = 0x6a0n; // PAE PGE OSFXSR OSXMMEXCPT
-const EFER_LONG_MODE = 0xd00n; // LME LMA NXE
-const RFLAGS_RESET = 2n;
+/** What a processor in long mode has, with nothing else set. */
+export const LONG_MODE = {
+  cr0: 0x8005_0033n, // PE MP ET NE WP AM PG
+  cr4: 0x6a0n, // PAE PGE OSFXSR OSXMMEXCPT
+  efer: 0xd00n, // LME LMA NXE
+  rflags: 2n,
+} as const satisfies Partial<EntryRegisters>;
 
 /**
  * Places the images into the target and every vCPU at its entry point.
@@ -243,10 +246,7 @@ export function loadGuest(target: GuestTarget, options: GuestOptions): LoadedGue
   for (let vcpu = 0; vcpu < target.vcpuCount; vcpu++) {
     target.setRegisters(vcpu, {
       cr3: placement.systemCr3,
-      cr4: CR4_LONG_MODE,
-      efer: EFER_LONG_MODE,
-      cr0: CR0_LONG_MODE,
-      rflags: RFLAGS_RESET,
+      ...LONG_MODE,
       rip: kernelBase + BigInt(image.entryPoint),
       rsp: stacks + BigInt(vcpu + 1) * slotBytes,
       rcx: bootBlock,

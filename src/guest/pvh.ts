@@ -1,6 +1,6 @@
 // The guest as a kernel for a Xen PVH domain: its memory as the loader leaves it, in an ELF file.
 import { MemtablesError } from '../errors.js';
-import { type Gpa, gfnOf, gpaOfFrame, PAGE_SIZE } from '../vmi/address.js';
+import { type Gfn, type Gpa, gfnOf, gpaOfFrame, PAGE_SIZE } from '../vmi/address.js';
 import { elfFile, type Segment } from './elf.js';
 import {
   type EntryRegisters,
@@ -31,7 +31,7 @@ export interface PvhKernel {
 }
 
 // The start-up page, by native/guest/platform/pvh.inc.
-const START_FRAME = 1n;
+export const START_FRAME: Gfn = 1n;
 const DOMAIN_ENTRY = 0x40n;
 const CR3 = 0x400;
 const CR4 = 0x408;
@@ -82,7 +82,7 @@ export function pvhElf(
       context: { vcpus },
     });
   }
-  const memory = new DomainMemory(vcpus, Math.max(memoryMB - XEN_MB, 0) * BYTES_PER_MB);
+  const memory = new KernelFrames(vcpus, Math.max(memoryMB - XEN_MB, 0) * BYTES_PER_MB);
   const argument = load(memory);
   memory.writePhysical(gpaOfFrame(START_FRAME), withParameters(startPage, memory.entries, argument));
   const entry = gpaOfFrame(START_FRAME) + DOMAIN_ENTRY;
@@ -109,7 +109,7 @@ function withParameters(page: Buffer, entries: readonly EntryRegisters[], argume
 }
 
 /** A domain's memory before there is a domain: the frames that have been written. */
-class DomainMemory implements GuestTarget {
+class KernelFrames implements GuestTarget {
   readonly startFrame = START_FRAME;
   /** By processor. */
   readonly entries: EntryRegisters[] = [];

@@ -19,6 +19,7 @@ const PROJECT = [
   'node_modules/@koromix/koffi-linux-x64',
   'node_modules/iced-x86',
 ];
+
 /** Makes the CD for a job in `folder`, unless it is there; returns its path. */
 export function ensureCd(
   steps: Steps,

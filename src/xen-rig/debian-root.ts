@@ -45,11 +45,8 @@ export class DebianRoot {
    * @throws MemtablesError `SETUP_INCOMPLETE` when it cannot run on these
    */
   librariesOf(file: string): Map<string, string> {
-    const { status, stdout, stderr } = spawnSync(
-      this.path(LOADER),
-      ['--library-path', this.libraryFolders.join(':'), '--list', file],
-      { encoding: 'utf8' },
-    );
+    const [loader, ...options] = this.command(file);
+    const { status, stdout, stderr } = spawnSync(loader, ['--list', ...options], { encoding: 'utf8' });
     const found = new Map([[basename(LOADER), this.path(LOADER)]]);
     for (const [, name, path] of stdout.matchAll(/^\s*([^\s/]+) => (\S+) \(/gm)) found.set(name!, path!);
     if (status === 0 && !stdout.includes('not found')) return found;

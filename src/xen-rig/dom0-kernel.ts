@@ -1,5 +1,6 @@
 // Takes the kernel out of its self-extracting file: nothing is to be decompressed inside the emulator, nor more loaded
 // from its CD than has to be.
+import { PROGRAM_HEADER_BYTES, PT_LOAD } from '../guest/elf.js';
 
 const SETUP_SECTORS = 0x1f1;
 const PAYLOAD_OFFSET = 0x248;
@@ -13,9 +14,6 @@ export function compressedKernelIn(bzImage: Buffer): Buffer {
   const start = (bzImage.readUInt8(SETUP_SECTORS) + 1) * SECTOR + bzImage.readUInt32LE(PAYLOAD_OFFSET);
   return bzImage.subarray(start, start + bzImage.readUInt32LE(PAYLOAD_LENGTH) - LENGTH_BYTES);
 }
-
-const PROGRAM_HEADER_BYTES = 56;
-const PT_LOAD = 1;
 
 /** The ELF image without what is not loaded, and without the zeroes at the ends of its segments. */
 export function loadableOnly(elf: Buffer): Buffer {

@@ -54,18 +54,8 @@ export function makeIso(iso: string, debian: DebianRoot, files: BootFiles, work:
     Buffer.concat([join(grub, 'cdboot.img'), core].map((path) => readFileSync(path))),
   );
   debian.run('usr/bin/xorriso', [
-    ...[
-      '-as',
-      'mkisofs',
-      '-quiet',
-      '-R',
-      '-b',
-      loader,
-      '-no-emul-boot',
-      '-boot-load-size',
-      '4',
-      '-boot-info-table',
-    ],
+    ...['-as', 'mkisofs', '-quiet', '-R', '-b', loader],
+    ...['-no-emul-boot', '-boot-load-size', '4', '-boot-info-table'],
     ...['-o', iso, work],
   ]);
   rmSync(work, { recursive: true });

@@ -2,8 +2,9 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { GUEST_DIRECTORY } from '../guest/artefacts.js';
+import { LONG_MODE } from '../guest/loader.js';
 import { PageTableBuilder } from '../guest/page-tables.js';
-import { pvhElf } from '../guest/pvh.js';
+import { pvhElf, START_FRAME } from '../guest/pvh.js';
 import { type Gfn, type Gpa, type Gva, gpaOfFrame, PAGE_SIZE } from '../vmi/address.js';
 
 export const VCPUS = 2;
@@ -12,16 +13,12 @@ export const MEMORY_MB = 16;
 const CODE: Gva = 0xffff_f800_0000_0000n;
 const DATA: Gva = 0xffff_f800_0010_0000n;
 const STACKS: Gva = 0xffff_f800_0020_0000n;
-const START_FRAME: Gfn = 1n;
 const CODE_FRAME: Gfn = 0x200n;
 /** Pages of data that follow each other are in frames that do not, and go down. */
 const FIRST_DATA_FRAME: Gfn = 0x240n;
 const FIRST_STACK_FRAME: Gfn = 0x250n;
 const FIRST_TABLE_FRAME: Gfn = 0x280n;
 
-const CR0_LONG_MODE = 0x8005_0033n; // PE MP ET NE WP AM PG
-const CR4_LONG_MODE = 0x6a0n; // PAE PGE OSFXSR OSXMMEXCPT
-const EFER_LONG_MODE = 0xd00n; // LME LMA NXE
 const RETURN = 0xc3;
 
 /** A frame with an instruction that accesses it once a pass, and what it accesses. */
@@ -120,11 +117,8 @@ export function watchedGuest(): WatchedGuest {
       const stack = STACKS + BigInt(vcpu * PAGE_SIZE);
       tables.map(pageTable, stack, FIRST_STACK_FRAME + BigInt(vcpu), { write: true });
       memory.setRegisters(vcpu, {
-        cr0: CR0_LONG_MODE,
+        ...LONG_MODE,
         cr3: pageTable,
-        cr4: CR4_LONG_MODE,
-        efer: EFER_LONG_MODE,
-        rflags: 2n,
         rip: CODE,
         rsp: stack + BigInt(PAGE_SIZE),
         rcx: DATA,

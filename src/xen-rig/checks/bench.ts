@@ -138,6 +138,11 @@ export class Bench {
     return this.read(resultOf(vcpu, result), QUADWORD).readBigUInt64LE();
   }
 
+  /** By vCPU. */
+  ofEach(result: Parameters<typeof resultOf>[1]): bigint[] {
+    return Array.from({ length: VCPUS }, (_, vcpu) => this.result(vcpu, result));
+  }
+
   /** The vCPU comes around at least twice: once at least all of what it does was begun after the call. */
   async goesOn(vcpu: number): Promise<void> {
     const before = this.result(vcpu, 'passes');
@@ -149,10 +154,9 @@ export class Bench {
   }
 
   async allStandStill(): Promise<void> {
-    const passes = () => Array.from({ length: VCPUS }, (_, vcpu) => this.result(vcpu, 'passes'));
-    const before = passes();
+    const before = this.ofEach('passes');
     await sleep(STILL_MS);
-    assert.deepEqual(passes(), before, 'a vCPU goes on');
+    assert.deepEqual(this.ofEach('passes'), before, 'a vCPU goes on');
   }
 
   async until(condition: () => boolean, otherwise: string): Promise<void> {

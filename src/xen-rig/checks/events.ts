@@ -70,7 +70,7 @@ export const EVENTS: readonly Check[] = [
       const program = await bench.attach();
       await program.run(EMULATE);
       await watch(program, 0, READ_8, ACCESS.readWrite);
-      const before = Array.from({ length: VCPUS }, (_, vcpu) => bench.result(vcpu, 'passes'));
+      const before = bench.ofEach('passes');
       const events = await answer(program, MANY);
       for (let vcpu = 0; vcpu < VCPUS; vcpu++) {
         const own = events.filter((event) => event.vcpu === vcpu).length;
@@ -88,12 +88,11 @@ export const EVENTS: readonly Check[] = [
       await watch(program, 0, READ_8, ACCESS.readWrite);
       const there = new Set<number>();
       while (there.size < VCPUS) for (const { vcpu } of await nextEvents(program)) there.add(vcpu);
-      const passes = () => Array.from({ length: VCPUS }, (_, vcpu) => bench.result(vcpu, 'passes'));
-      const before = passes();
+      const before = bench.ofEach('passes');
       for (const { rip } of await answer(program, 4 * VCPUS)) assert.equal(rip, READ_8.rip);
-      assert.deepEqual(passes(), before);
+      assert.deepEqual(bench.ofEach('passes'), before);
       await program.run(EMULATE);
-      await answerUntil(program, () => passes().every((count, vcpu) => count > before[vcpu]!));
+      await answerUntil(program, () => bench.ofEach('passes').every((count, vcpu) => count > before[vcpu]!));
     },
   },
   {

@@ -62,15 +62,13 @@ export const REGISTERS: readonly Check[] = [
     async run(bench) {
       const program = await bench.attach();
       for (let vcpu = 0; vcpu < VCPUS; vcpu++) {
-        const detours = Array.from({ length: VCPUS }, (_, other) => bench.result(other, 'detours'));
+        const detours = bench.ofEach('detours');
         await program.run('pause');
         assert.equal(await program.result(`set-register ${vcpu} ${RIP} ${DETOUR}`), '0', program.stderr);
         await program.run('resume');
         await bench.allGoOn();
         detours[vcpu] = detours[vcpu]! + 1n;
-        detours.forEach((count, other) => {
-          assert.equal(bench.result(other, 'detours'), count);
-        });
+        assert.deepEqual(bench.ofEach('detours'), detours);
       }
     },
   },
