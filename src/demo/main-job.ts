@@ -199,10 +199,11 @@ function defaultHooks({ sites, module }: GuestArtefacts): string[] {
   return [...sites.defaultHooks.map((name) => `nt!${name}`), ...(module?.defaultHooks ?? [])];
 }
 
+/** The most frequent first. */
 function countEncoders(relocated: readonly Relocated[]): MainJobSummary['encoders'] {
   const counts: Partial<Record<Encoder, number>> = {};
   for (const { encoder } of relocated) counts[encoder] = (counts[encoder] ?? 0) + 1;
-  return counts;
+  return Object.fromEntries(Object.entries(counts).sort(([, left], [, right]) => right - left));
 }
 
 interface MeasuredPhase {
