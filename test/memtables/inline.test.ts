@@ -244,3 +244,22 @@ test('disable waits for the vCPU among them, which finishes normally', () => {
   expect(guest.image()).toBe(before);
   expect(guest.wrongStreams()).toEqual([]);
 });
+
+test('unload leaves a vCPU alone that stands in code which has been put back, where an instruction of ours began', () => {
+  const { guest, before, engine, kernel, events, inside } = guestInside();
+  guest.hypervisor.advance = () => {
+    stepOnce(guest, 0);
+    return [];
+  };
+  engine.disable();
+  const restored = new Set(handlersOf(events).flatMap(({ site }) => [...interiorOf(kernel, site)]));
+  stepInto(guest, 0, (rip) => (restored.has(rip) ? inside.get(rip) : undefined));
+  guest.hypervisor.advance = () => [];
+  const registers = guest.machine.registers(0);
+  expect(engine.unload().evacuated).toEqual({ vcpus: 0, threads: 0 });
+  expect(guest.machine.registers(0)).toEqual(registers);
+  expect(guest.image()).toBe(before);
+  guest.startTimer();
+  runSwitches(guest, 1000n);
+  expect(guest.wrongStreams()).toEqual([]);
+});
