@@ -8,9 +8,10 @@ export interface Cloak<Owner> extends HiddenPiece {
   readonly owner: Owner;
 }
 
-/** A cloak, and its offset on its page. */
+/** A cloak, its offset on its page, and what was put into memory, whatever the guest has written over it since. */
 interface Placed<Owner> extends Cloak<Owner> {
   readonly first: number;
+  readonly put: Uint8Array;
 }
 
 /** Reads guest-physical memory as it is. */
@@ -55,6 +56,7 @@ export class CloakMap<Owner> {
       first: pageOffset(gpa),
       original: Uint8Array.from(original),
       current: Uint8Array.from(current),
+      put: Uint8Array.from(current),
     };
     this.#frames.set(gfnOf(gpa), [...frame, own]);
   }
@@ -155,6 +157,16 @@ export class CloakMap<Owner> {
       owners.add(cloak.owner);
     }
     return [...owners];
+  }
+
+  /**
+   * After `reconcile`: what was put there is in memory again, as soon as the caller has written each one's `current`;
+   * what the guest wrote stays the original.
+   */
+  reassert(owner: Owner): Cloak<Owner>[] {
+    const cloaks = [...this.#frames.values()].flat().filter((cloak) => cloak.owner === owner);
+    for (const { current, put } of cloaks) current.set(put);
+    return cloaks;
   }
 
   /** The cloaks with a byte in this range. */

@@ -153,18 +153,30 @@ export class Patcher {
     );
     for (const change of overwritten) {
       this.#overwritten.add(change);
-      for (const cloak of this.cloaks.cloaksOf(change)) {
-        const renewed = this.journal.record({
-          gpa: cloak.gpa,
-          before: cloak.original,
-          after: cloak.current,
-          owner: change.label,
-        });
-        this.#forget(change, cloak.gpa);
-        change.journalled.set(cloak.gpa, renewed);
-      }
+      for (const cloak of this.cloaks.cloaksOf(change)) this.#renewJournal(change, cloak);
     }
     return overwritten;
+  }
+
+  /**
+   * Makes a change again that the guest has written over, for as long as it cannot be reverted: no thread must execute
+   * what is partly one's and partly the other's.
+   *
+   * @throws MemtablesError of the hypervisor or the journal
+   */
+  reassert(change: CodeChange): void {
+    this.instructions.invalidate(change.patch.gva, change.patch.bytes.length);
+    this.#overwritten.delete(change);
+    for (const cloak of this.cloaks.reassert(change)) {
+      this.#renewJournal(change, cloak);
+      this.hypervisor.writePhysical(cloak.gpa, cloak.current);
+    }
+  }
+
+  #renewJournal(change: CodeChange, { gpa, original, current }: Cloak<CodeChange>): void {
+    const renewed = this.journal.record({ gpa, before: original, after: current, owner: change.label });
+    this.#forget(change, gpa);
+    change.journalled.set(gpa, renewed);
   }
 
   /** The frames that are mapped now where a patch belongs. */

@@ -130,6 +130,11 @@ export class Redirections {
     redirection.jump = undefined;
   }
 
+  /** Puts back the jump that the guest has written over, while something still stands inside the replaced code. */
+  reassert({ jump }: Redirection): void {
+    if (jump !== undefined) this.patcher.reassert(jump);
+  }
+
   /** Takes our code out as well. Only when no RIP and no stack leads into it. */
   remove(redirection: Redirection): void {
     this.disable(redirection);

@@ -76,12 +76,20 @@ export class Unloader {
     });
   }
 
-  /** Disables what the guest has written over: at once, or as soon as nothing stands inside. For a quiescent guest. */
+  /**
+   * Disables what the guest has written over: at once, or as soon as nothing stands inside; what the guest wrote is
+   * executed only then. For a quiescent guest.
+   *
+   * @throws MemtablesError of the hypervisor or the journal
+   */
   retire(redirection: Redirection): void {
     // What a hook has put there is one instruction.
     if (redirection.kind === 'hook' || redirection.interior === undefined) {
       this.redirections.disable(redirection);
-    } else this.#retired.add(redirection);
+    } else {
+      this.#retired.add(redirection);
+      this.redirections.reassert(redirection);
+    }
   }
 
   /** True when it is time to try again to disable what was retired. */

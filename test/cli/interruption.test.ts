@@ -70,7 +70,9 @@ describe('a command that is stopped', () => {
     const { restrictedFrames } = await host.expectReleased();
     expect(restrictedFrames).toBe(0);
     const asFound = host.image.equals(await host.client.image());
-    if (code === 0) expect(asFound).toBe(true);
+    // Node takes no more signals while it ends: the second one may kill what had been unloaded.
+    const isUnloaded = code === 0 || (code === 'SIGINT' && command.stdout.includes('unloaded in'));
+    if (isUnloaded) expect(asFound).toBe(true);
     else expect([code, command.stderr]).toEqual([7, expect.stringContaining('ended without unloading')]);
     // A journal that lists nothing that is left does not stand in the way.
     if (!asFound) expect(existsSync(host.journal)).toBe(true);

@@ -103,6 +103,24 @@ describe('patcher', () => {
     expect(journal.outstanding).toBe(0);
   });
 
+  test('a patch that cannot be reverted yet is whole again after a guest write, which is seen, and left by a revert', () => {
+    const { memory, journal, patcher, apply } = twoPageGuest();
+    const applied = apply('x', CROSSING);
+    const inMemory = () => Buffer.concat([memory.subarray(0x2ffd, 0x3000), memory.subarray(0x1000, 0x1002)]);
+    for (const gpa of [0x2ffe, 0x1001]) {
+      memory[gpa] = 0x77;
+      patcher.reconcile(BigInt(gpa), 1);
+      patcher.reassert(applied);
+      expect(inMemory()).toEqual(CROSSING.bytes);
+    }
+    expect(journal.outstanding).toBe(2);
+    const seen = patcher.readOriginal(CROSSING.gva, CROSSING.bytes.length)!;
+    expect([seen[1], seen[4]]).toEqual([0x77, 0x77]);
+    patcher.revert(applied);
+    expect(inMemory()).toEqual(seen);
+    expect(journal.outstanding).toBe(0);
+  });
+
   test('after writes that are not known, every hidden byte is compared', () => {
     const { memory, patcher, apply } = twoPageGuest();
     const first = apply('a', { gva: GVA, bytes: Buffer.alloc(5, 1) });
