@@ -54,7 +54,7 @@
     },
     {
       # Drives a library with that ABI from C; for the tests.
-      "target_name": "kvmi-abi-check",
+      "target_name": "abi-check",
       "type": "executable",
       "sources": ["native/vmi/test/abi_check.c"],
       "include_dirs": ["native/vmi/include"],

@@ -68,7 +68,7 @@ async function whyUnusable(libvmi) {
   const directory = mkdtempSync(join(tmpdir(), 'memtables-conformance-'));
   try {
     const folders = [join(root, 'build/Release/libvirt-stub'), dirname(libvmi), process.env.LD_LIBRARY_PATH];
-    const { stdout } = spawnSync(join(root, 'build/Release/kvmi-abi-check'), [libvmi], {
+    const { stdout } = spawnSync(join(root, 'build/Release/abi-check'), [libvmi], {
       // By name, with events, on KVM.
       input: `init ${join(directory, 'kvmi')} 5 1\n`,
       env: { ...process.env, LD_LIBRARY_PATH: folders.filter(Boolean).join(':'), LIBVMI_DEBUG: '1' },

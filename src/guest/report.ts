@@ -115,8 +115,8 @@ const REPORT_BYTES = STREAMS + MAX_STREAMS * STREAM_BYTES;
 const FORMS: readonly (SwitchForm | undefined)[] = [undefined, 'one-level', 'two-level', 'look-alike'];
 
 /**
- * Reads the guest's own counters; `undefined` until its kernel is up. The guest must not run meanwhile, and what a
- * hypervisor has cached must be flushed.
+ * Reads the guest's own counters; `undefined` until its kernel is up. A page of them has to be read as it was at
+ * one moment, and what a hypervisor has cached must be flushed.
  *
  * @throws MemtablesError `GUEST_STRUCTURE_INVALID` when they are not what the kernel writes
  */

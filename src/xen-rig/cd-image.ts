@@ -14,7 +14,7 @@ const PROJECT = [
   'package.json',
   'dist',
   'build/guest',
-  'build/Release/kvmi-abi-check',
+  'build/Release/abi-check',
   'node_modules/koffi',
   'node_modules/@koromix/koffi-linux-x64',
   'node_modules/iced-x86',

@@ -4,6 +4,7 @@ import { type Gpa, gfnOf, hex, PAGE_SIZE, pageOffset } from '../vmi/address.js';
 
 const READ_ONLY = 1; // PROT_READ
 const FRAME_BYTES = 8;
+const MOST_COPIES = 100;
 
 /**
  * A domain's memory, mapped by Xen's own library: what it holds does not depend on the library that the tool is
@@ -25,7 +26,11 @@ export class DomainMemory {
     if (this.#handle === null) throw unreadable(this.domain, 'xenforeignmemory_open failed');
   }
 
-  /** @throws MemtablesError `HYPERVISOR_FAILED` where the domain has no memory, or is gone */
+  /**
+   * The domain runs meanwhile: what is copied is what was there at one moment, unless that changes all the time.
+   *
+   * @throws MemtablesError `HYPERVISOR_FAILED` where the domain has no memory, or is gone
+   */
   readPhysical(gpa: Gpa, length: number): Buffer {
     const pages = Math.ceil((pageOffset(gpa) + length) / PAGE_SIZE);
     const frames = Buffer.alloc(pages * FRAME_BYTES);
@@ -39,11 +44,18 @@ export class DomainMemory {
       if (errors.some((byte) => byte !== 0))
         throw unreadable(this.domain, `a page is missing at ${hex(gpa)}`);
       const mapped = Buffer.from(koffi.view(address, pages * PAGE_SIZE));
-      return Buffer.from(mapped.subarray(pageOffset(gpa), pageOffset(gpa) + length));
+      return settledCopy(mapped.subarray(pageOffset(gpa), pageOffset(gpa) + length));
     } finally {
       this.#unmap(this.#handle, address, pages);
     }
   }
+}
+
+/** The copy after which nothing had changed. */
+function settledCopy(memory: Buffer): Buffer {
+  let copy = Buffer.from(memory);
+  for (let copies = 1; !copy.equals(memory) && copies < MOST_COPIES; copies++) copy = Buffer.from(memory);
+  return copy;
 }
 
 function unreadable(domain: number, why: string): MemtablesError {

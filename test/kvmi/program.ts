@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { AbiProgram } from '../../src/xen-rig/abi-program.js';
 import { type PeerOptions, ScriptedPeer } from './peer.js';
 
-const PROGRAM = 'build/Release/kvmi-abi-check';
+const PROGRAM = 'build/Release/abi-check';
 export const BUNDLED = 'build/Release/kvmi.so';
 
 const INIT_DOMAINNAME = 1;

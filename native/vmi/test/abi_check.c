@@ -1,5 +1,5 @@
 /*
- * Drives a library with libvmi's C ABI as any C program would: `kvmi-abi-check LIBRARY` reads one command a line
+ * Drives a library with libvmi's C ABI as any C program would: `abi-check LIBRARY` reads one command a line
  * and prints one line of result for each ("= command status ..."), preceded by a line for every event callback that
  * ran. The layouts below are libvmi's; a header that departs from them does not compile.
  */
@@ -200,7 +200,7 @@ __attribute__((visibility("default"))) time_t time(time_t *copy) {
 }
 
 static void die(const char *what, const char *detail) {
-  fprintf(stderr, "kvmi-abi-check: %s: %s\n", what, detail);
+  fprintf(stderr, "abi-check: %s: %s\n", what, detail);
   exit(2);
 }
 
@@ -464,7 +464,7 @@ static void run(const char *command, char **rest) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 2) die("usage", "kvmi-abi-check LIBRARY");
+  if (argc != 2) die("usage", "abi-check LIBRARY");
   void *handle = dlopen(argv[1], RTLD_NOW);
   if (!handle) die("cannot load", dlerror());
 #define LOAD(name) \

@@ -18,7 +18,7 @@ import { STEPS } from './steps.js';
 import { TRANSLATION } from './translation.js';
 
 /** In dom0. */
-const PROGRAM = join(PROJECT_IN_DOM0, 'build/Release/kvmi-abi-check');
+const PROGRAM = join(PROJECT_IN_DOM0, 'build/Release/abi-check');
 const MOST_MS = 60_000;
 
 const CHECKS: readonly Check[] = [
