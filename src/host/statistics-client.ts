@@ -66,7 +66,16 @@ export class StatisticsClient {
   }
 
   private take(line: string): void {
-    this.waiting.shift()?.resolve(JSON.parse(line));
+    let answer: object;
+    try {
+      answer = JSON.parse(line);
+    } catch {
+      // Half a line: the host was killed while it wrote.
+      this.socket.destroy();
+      this.lose();
+      return;
+    }
+    this.waiting.shift()?.resolve(answer);
   }
 
   private lose(): void {
