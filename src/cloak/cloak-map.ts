@@ -8,9 +8,11 @@ export interface Cloak<Owner> extends HiddenPiece {
   readonly owner: Owner;
 }
 
-/** A cloak, its offset on its page, and what was put into memory, whatever the guest has written over it since. */
-interface Placed<Owner> extends Cloak<Owner> {
+/** A cloak that is in the map. */
+export interface PlacedCloak<Owner> extends Cloak<Owner> {
+  /** Offset on its page. */
   readonly first: number;
+  /** What it was hidden with as `current`, which follows memory when the guest writes over it. */
   readonly put: Uint8Array;
 }
 
@@ -26,7 +28,7 @@ export const MAX_ANSWER = 256;
  */
 export class CloakMap<Owner> {
   /** The cloaks of each frame, which never overlap. A frame without one has no entry. */
-  readonly #frames = new Map<Gfn, Placed<Owner>[]>();
+  readonly #frames = new Map<Gfn, PlacedCloak<Owner>[]>();
 
   /**
    * Hides the bytes of `cloak`, all on one frame; `cloaksOfChange` splits a longer range.
@@ -72,7 +74,7 @@ export class CloakMap<Owner> {
   }
 
   /** The cloaks of `owner`: write each one's `original` back to take the change out of the guest. */
-  cloaksOf(owner: Owner): Cloak<Owner>[] {
+  cloaksOf(owner: Owner): PlacedCloak<Owner>[] {
     return [...this.#frames.values()].flat().filter((cloak) => cloak.owner === owner);
   }
 
@@ -157,16 +159,6 @@ export class CloakMap<Owner> {
       owners.add(cloak.owner);
     }
     return [...owners];
-  }
-
-  /**
-   * After `reconcile`: what was put there is in memory again, as soon as the caller has written each one's `current`;
-   * what the guest wrote stays the original.
-   */
-  reassert(owner: Owner): Cloak<Owner>[] {
-    const cloaks = [...this.#frames.values()].flat().filter((cloak) => cloak.owner === owner);
-    for (const { current, put } of cloaks) current.set(put);
-    return cloaks;
   }
 
   /** The cloaks with a byte in this range. */

@@ -69,18 +69,19 @@ export class StatisticsClient {
     let answer: object;
     try {
       answer = JSON.parse(line);
-    } catch {
+    } catch (cause) {
       // Half a line: the host was killed while it wrote.
       this.socket.destroy();
-      this.lose();
+      this.lose(cause);
       return;
     }
     this.waiting.shift()?.resolve(answer);
   }
 
-  private lose(): void {
-    this.gone = new MemtablesError('HYPERVISOR_GONE', 'the host has ended', {
+  private lose(cause?: unknown): void {
+    this.gone ??= new MemtablesError('HYPERVISOR_GONE', 'the host has ended', {
       remedy: 'Look at what the host printed.',
+      cause,
     });
     for (const { reject } of this.waiting.splice(0)) reject(this.gone);
   }

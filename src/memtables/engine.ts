@@ -59,6 +59,10 @@ export class Engine {
   readonly #unloadedModules: UnloadedModules;
   readonly #unloader: Unloader;
   readonly #ahead: Ahead | undefined;
+  /** What the guest has written over and is not retired yet: it is kept where that fails. */
+  readonly #overwritten = new Set<Redirection>();
+  /** What the user has been told of. */
+  readonly #takenBack = new WeakSet<Redirection>();
   #loaded = true;
 
   /**
@@ -275,7 +279,6 @@ export class Engine {
 
   /** What the guest has written over, or unloaded, is the guest's: the redirection it belonged to is taken back. */
   #yieldToGuest(): void {
-    const retired = new Set<Redirection>();
     const { writes } = this.#monitor;
     const overwritten =
       writes === 'unknown'
@@ -283,19 +286,21 @@ export class Engine {
         : writes.flatMap(({ gpa, length }) => this.#patcher.reconcile(gpa, length));
     for (const change of overwritten) {
       const redirection = this.#redirections.ownerOf(change);
-      if (redirection !== undefined) retired.add(redirection);
+      if (redirection !== undefined) this.#overwritten.add(redirection);
     }
-    // Only now: had something failed, a later unload would look at them again.
     this.#monitor.forgetWrites();
     for (const redirection of this.#unloadedModules.abandon()) {
-      retired.delete(redirection);
+      this.#overwritten.delete(redirection);
       this.#sites.forget(redirection);
       this.#options.report({ type: 'module-unloaded', owner: redirection.label, at: redirection.at });
     }
-    for (const redirection of retired) {
-      this.#unloader.retire(redirection);
-      // It ends in code that is the guest's no longer.
-      redirection.evacuation = undefined;
+    // It ends in code that is the guest's no longer.
+    for (const redirection of this.#overwritten) redirection.evacuation = undefined;
+    this.#unloader.retire([...this.#overwritten]);
+    for (const redirection of this.#overwritten) {
+      this.#overwritten.delete(redirection);
+      if (this.#takenBack.has(redirection)) continue;
+      this.#takenBack.add(redirection);
       ignoreAll(this.#sites.replacedBy(redirection), 'overwritten-by-guest');
       this.#options.report({ type: 'taken-back', owner: redirection.label, at: redirection.at });
     }

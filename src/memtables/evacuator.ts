@@ -93,10 +93,11 @@ export class Evacuator {
 
   /** How a thread goes on outside of the handler that it is in; `undefined` where it is in none, or has to stay. */
   #resume(thread: StoppedThread): Resumption | undefined {
-    for (const { evacuation, interior, jump } of this.redirections.ofKind('relocation')) {
+    for (const relocation of this.redirections.ofKind('relocation')) {
+      const { evacuation, interior } = relocation;
+      const isAtSite = interior !== undefined && thread.rip >= interior.start && thread.rip < interior.end;
       // Where the replaced code has been put back, a thread may stand in it, at an instruction of its own.
-      const isPutBack = jump === undefined && interior !== undefined;
-      if (isPutBack && thread.rip >= interior.start && thread.rip < interior.end) continue;
+      if (isAtSite && this.redirections.isPutBack(relocation)) continue;
       const resumption = evacuation?.evacuate(thread);
       if (resumption !== undefined) return resumption.mustWait ? undefined : resumption;
     }

@@ -158,19 +158,33 @@ export class Patcher {
     return overwritten;
   }
 
+  /** False once `revert` has put every byte back, even if it failed after that. */
+  isMade(change: CodeChange): boolean {
+    return this.cloaks.cloaksOf(change).length > 0;
+  }
+
+  /** True when what is in memory is all the guest's. */
+  isWhollyOverwritten(change: CodeChange): boolean {
+    const pieces = this.cloaks.cloaksOf(change);
+    return pieces.every(({ original, current }) => Buffer.compare(original, current) === 0);
+  }
+
   /**
    * Makes a change again that the guest has written over, for as long as it cannot be reverted: no thread must execute
-   * what is partly one's and partly the other's.
+   * a mix of our bytes and the guest's. What the guest wrote stays what it sees, and what `revert` puts back.
    *
-   * @throws MemtablesError of the hypervisor or the journal
+   * @throws MemtablesError of the hypervisor or the journal; call it again then
    */
   reassert(change: CodeChange): void {
     this.instructions.invalidate(change.patch.gva, change.patch.bytes.length);
-    this.#overwritten.delete(change);
-    for (const cloak of this.cloaks.reassert(change)) {
-      this.#renewJournal(change, cloak);
-      this.hypervisor.writePhysical(cloak.gpa, cloak.current);
+    for (const cloak of this.cloaks.cloaksOf(change)) {
+      const { gpa, current, put } = cloak;
+      this.#renewJournal(change, { ...cloak, current: put });
+      this.hypervisor.writePhysical(gpa, put);
+      current.set(put);
     }
+    // Where memory is as we left it, it is ours to take back again.
+    this.#overwritten.delete(change);
   }
 
   #renewJournal(change: CodeChange, { gpa, original, current }: Cloak<CodeChange>): void {

@@ -130,8 +130,19 @@ export class Redirections {
     redirection.jump = undefined;
   }
 
-  /** Puts back the jump that the guest has written over, while something still stands inside the replaced code. */
-  reassert({ jump }: Redirection): void {
+  /** Whether no byte of the jump is in the guest; `disable` may have failed after that. */
+  isPutBack({ jump }: Redirection): boolean {
+    return jump === undefined || !this.patcher.isMade(jump);
+  }
+
+  /** Whether the guest has replaced all of our code, or of the jump to it. */
+  isWhollyOverwritten({ code, jump }: Redirection): boolean {
+    return [code, jump].some((change) => change !== undefined && this.patcher.isWhollyOverwritten(change));
+  }
+
+  /** Makes our code and the jump to it whole again, after the guest has written over a part. */
+  reassert({ code, jump }: Redirection): void {
+    this.patcher.reassert(code);
     if (jump !== undefined) this.patcher.reassert(jump);
   }
 
@@ -174,7 +185,10 @@ export class Redirections {
 
   /** Where a live pointer must not be when replaced code is put back that is more than one instruction. */
   entryRanges(redirections: Iterable<Redirection>): LiveRange[] {
-    return [...redirections].flatMap(({ interior, jump }) => (interior && jump ? [interior] : []));
+    return [...redirections].flatMap((redirection) => {
+      const { interior } = redirection;
+      return interior === undefined || this.isPutBack(redirection) ? [] : [interior];
+    });
   }
 
   /** Takes out what can be taken out, whatever else fails. */

@@ -77,18 +77,24 @@ export class Unloader {
   }
 
   /**
-   * Disables what the guest has written over: at once, or as soon as nothing stands inside; what the guest wrote is
-   * executed only then. For a quiescent guest.
+   * Disables what the guest has written over: at once, or as soon as nothing stands inside. Until then it is whole
+   * again, and what the guest wrote is seen but not executed. For a quiescent guest.
    *
-   * @throws MemtablesError of the hypervisor or the journal
+   * @throws MemtablesError of the hypervisor or the journal; call it again then
    */
-  retire(redirection: Redirection): void {
-    // What a hook has put there is one instruction.
-    if (redirection.kind === 'hook' || redirection.interior === undefined) {
-      this.redirections.disable(redirection);
-    } else {
-      this.#retired.add(redirection);
-      this.redirections.reassert(redirection);
+  retire(redirections: readonly Redirection[]): void {
+    const divided = new Set<Redirection>();
+    for (const redirection of redirections) {
+      // What a hook has put there is one instruction.
+      const isUndivided = redirection.kind === 'hook' || redirection.interior === undefined;
+      if (isUndivided || this.redirections.isWhollyOverwritten(redirection)) {
+        this.redirections.disable(redirection);
+      } else divided.add(redirection);
+    }
+    for (const redirection of divided) this.#retired.add(redirection);
+    this.#tryToDisable(divided);
+    for (const redirection of divided) {
+      if (redirection.jump !== undefined) this.redirections.reassert(redirection);
     }
   }
 

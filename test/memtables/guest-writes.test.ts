@@ -149,8 +149,15 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     workAll(engine);
     expect(events.at(-1)).toMatchObject({ type: 'taken-back', at: site });
     expect([standsInside(), isRestored()]).toEqual([true, false]);
-    // Until then no vCPU that comes again executes a mix of both.
+    store(site + 1n, original[1]!);
+    workAll(engine);
+    expect(events.filter(({ type }) => type === 'taken-back')).toHaveLength(1);
+    // Until then a vCPU that comes again does not execute a mix of both.
     expect(memory()).toEqual(ours);
+    while (standsInside()) stepOnce(guest, 0);
+    stepInto(guest, 0, (rip) => (rip === site ? rip : undefined));
+    stepOnce(guest, 0);
+    expect(standsInside()).toBe(true);
     while (standsInside()) stepOnce(guest, 0);
     serve(guest.hypervisor, engine, isRestored);
     guest.hypervisor.advance = (machine) => machine.run(500).traps;
@@ -158,6 +165,22 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
     engine.unload();
     expect(guest.wrongStreams()).toEqual([]);
     expect(guest.report().bugCheck).toBeUndefined();
+  });
+
+  test('over all of them: they are no longer ours at once, whoever stands there', () => {
+    const { guest, store, engine, kernel, events } = guestThatWrites('inline');
+    const inside = new Map(
+      handlersOf(events).flatMap((handler) =>
+        [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
+      ),
+    );
+    const { site } = stepInto(guest, 0, (rip) => inside.get(rip));
+    const original = kernel.image.read(Number(site - kernel.base), MOST_SITE_BYTES);
+    guest.hypervisor.advance = () => [];
+    for (const [i, byte] of original.entries()) store(site + BigInt(i), byte);
+    workAll(engine);
+    expect(Buffer.from(kernel.memory.read(site, MOST_SITE_BYTES))).toEqual(Buffer.from(original));
+    expect(engine.hasWork).toBe(false);
   });
 
   test('where a vCPU stays among them, the guest is not paused for that again and again', () => {

@@ -1,4 +1,6 @@
+import { readFileSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
+import { changesLeft } from '../../src/journal/journal.js';
 import { CROSSING, GVA, twoPageGuest } from './two-page-guest.js';
 
 describe('patcher', () => {
@@ -103,22 +105,64 @@ describe('patcher', () => {
     expect(journal.outstanding).toBe(0);
   });
 
-  test('a patch that cannot be reverted yet is whole again after a guest write, which is seen, and left by a revert', () => {
-    const { memory, journal, patcher, apply } = twoPageGuest();
-    const applied = apply('x', CROSSING);
-    const inMemory = () => Buffer.concat([memory.subarray(0x2ffd, 0x3000), memory.subarray(0x1000, 0x1002)]);
+  /** A patch on two pages, of each of which the guest has written over a byte. */
+  function overwritten() {
+    const guest = twoPageGuest();
+    const applied = guest.apply('x', CROSSING);
     for (const gpa of [0x2ffe, 0x1001]) {
-      memory[gpa] = 0x77;
-      patcher.reconcile(BigInt(gpa), 1);
-      patcher.reassert(applied);
-      expect(inMemory()).toEqual(CROSSING.bytes);
+      guest.memory[gpa] = 0x77;
+      guest.patcher.reconcile(BigInt(gpa), 1);
     }
-    expect(journal.outstanding).toBe(2);
+    const inMemory = () =>
+      Buffer.concat([guest.memory.subarray(0x2ffd, 0x3000), guest.memory.subarray(0x1000, 0x1002)]);
+    return { ...guest, applied, inMemory };
+  }
+
+  test('a patch that the guest has written over is whole when asserted again, and what it wrote is what a revert leaves', () => {
+    const { journal, journalPath, instructions, patcher, applied, inMemory } = overwritten();
+    const decode = (bytes: number[]) =>
+      instructions.lookup(CROSSING.gva, () => Uint8Array.from(bytes)).length;
+    expect(decode([0x8b, 0xc1])).toBe(2);
+    patcher.reassert(applied);
+    expect(inMemory()).toEqual(CROSSING.bytes);
+    expect(decode([0xe9, 1, 2, 3, 4])).toBe(5);
+    expect(changesLeft(journalPath)).toHaveLength(2);
+    const last = readFileSync(journalPath, 'utf8').trimEnd().split('\n').slice(-4);
+    expect(last.map((line) => JSON.parse(line)).filter(({ type }) => type === 'write')).toMatchObject([
+      { after: 'e91122' },
+      { after: '3344' },
+    ]);
     const seen = patcher.readOriginal(CROSSING.gva, CROSSING.bytes.length)!;
     expect([seen[1], seen[4]]).toEqual([0x77, 0x77]);
     patcher.revert(applied);
     expect(inMemory()).toEqual(seen);
     expect(journal.outstanding).toBe(0);
+  });
+
+  test('where asserting a patch again fails half way, the guest still sees what it wrote, and a revert leaves that', () => {
+    for (let n = 1; n <= 2; n++) {
+      const { journal, journalPath, failing, patcher, applied, inMemory } = overwritten();
+      failing.failAtChange(n);
+      expect(() => patcher.reassert(applied)).toThrow(expect.objectContaining({ code: 'HYPERVISOR_FAILED' }));
+      const seen = patcher.readOriginal(CROSSING.gva, CROSSING.bytes.length)!;
+      expect([seen[1], seen[4]]).toEqual([0x77, 0x77]);
+      expect(patcher.isInPlace(applied)).toBe(true);
+      expect(changesLeft(journalPath)).toHaveLength(2);
+      patcher.revert(applied);
+      expect(inMemory()).toEqual(seen);
+      expect(journal.outstanding).toBe(0);
+    }
+  });
+
+  test('a patch is wholly overwritten only when no byte of it is left', () => {
+    const { memory, patcher, applied } = overwritten();
+    expect(patcher.isWhollyOverwritten(applied)).toBe(false);
+    memory.fill(0x78, 0x2ffd, 0x3000);
+    patcher.reconcile(0x2ffdn, 3);
+    expect(patcher.isWhollyOverwritten(applied)).toBe(false);
+    memory.fill(0x78, 0x1000, 0x1002);
+    patcher.reconcile(0x1000n, 2);
+    expect(patcher.isWhollyOverwritten(applied)).toBe(true);
   });
 
   test('after writes that are not known, every hidden byte is compared', () => {
@@ -168,6 +212,19 @@ describe('a change whose code the guest has unloaded', () => {
     second.copy(before, 0x1000);
     expect(memory).toEqual(before);
     expect([[...trapped], journal.outstanding]).toEqual([[], 0]);
+  });
+
+  test('is taken out of frames that the guest was seen to write to, but that are as we left them since', () => {
+    const { memory, remap, patcher, apply } = twoPageGuest();
+    const change = apply('x', both);
+    memory[0x2fe1] = 0x77;
+    patcher.reconcile(0x2fe1n, 1);
+    patcher.reassert(change);
+    remap(0, undefined);
+    patcher.revertUntouched(change);
+    const original = Buffer.from(Array.from({ length: 0x20 }, (_, i) => (0x2fe0 + i) % 251));
+    original[1] = 0x77;
+    expect(memory.subarray(0x2fe0, 0x3000)).toEqual(original);
   });
 
   test('stays as it is where the guest was seen to write: bytes that it left as they were are its own all the same', () => {

@@ -36,7 +36,8 @@ export function twoPageGuest() {
   const directory = mkdtempSync(join(tmpdir(), 'patcher-'));
   onTestFinished(() => rmSync(directory, { recursive: true }));
   const identity = { guest: 'vm', kernelBase: 0n, pdb: 'x' };
-  const journal = Journal.create(join(directory, 'journal'), identity, () => true);
+  const journalPath = join(directory, 'journal');
+  const journal = Journal.create(journalPath, identity, () => true);
   const cloaks = new CloakMap<CodeChange>();
   const instructions = new InstructionCache();
   const patcher = new Patcher(
@@ -58,5 +59,5 @@ export function twoPageGuest() {
       pages[page] = PAGES[page];
     };
   };
-  return { memory, trapped, remap, failing, journal, cloaks, instructions, patcher, apply };
+  return { memory, trapped, remap, failing, journal, journalPath, cloaks, instructions, patcher, apply };
 }
