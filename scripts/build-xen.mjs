@@ -1,7 +1,7 @@
 // Builds libvmi's C ABI over Xen's own libraries: `node scripts/build-xen.mjs PREFIX LIBRARY`, where PREFIX is the folder
 // that Debian's libxen-dev was unpacked to, or / where it is installed.
 import { spawnSync } from 'node:child_process';
-import { mkdirSync, readdirSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
 const [prefix, library] = process.argv.slice(2);
@@ -19,6 +19,24 @@ function whereUnpacked() {
   return ['-isystem', join(prefix, 'usr/include'), `-L${libraries}`, `-Wl,-rpath-link,${libraries}`];
 }
 
+/** libxen-dev has the headers, and links to libraries that are in other packages. */
+function missingLibraries() {
+  if (prefix === '/') return [];
+  const folder = join(prefix, 'usr/lib/x86_64-linux-gnu');
+  if (!existsSync(folder)) return [folder];
+  const links = readdirSync(folder).filter((name) =>
+    /^libxen(call|ctrl|devicemodel|evtchn|foreignmemory|store|toolcore|toollog)\.so$/.test(name),
+  );
+  return links.map((name) => join(folder, name)).filter((path) => !existsSync(path));
+}
+
+const missing = missingLibraries();
+if (missing.length > 0) {
+  process.stderr.write(
+    `what these lead to is missing: ${missing.join(', ')}\nunpack the packages that libxen-dev depends on, too\n`,
+  );
+  process.exit(1);
+}
 mkdirSync(dirname(library), { recursive: true });
 const { status, error } = spawnSync(
   'c++',

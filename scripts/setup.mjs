@@ -161,13 +161,20 @@ const XEN_PREFIXES = [process.env.MEMTABLES_XEN_PREFIX, '/'].filter(Boolean);
 const XEN_PREFIX = XEN_PREFIXES.find((prefix) => existsSync(join(prefix, 'usr/include/xenctrl.h')));
 const HAS_XEN = XEN_PREFIX !== undefined;
 const XEN_LIBRARY = 'build/Release/xen.so';
+const GET_XEN = 'Debian: apt-get install libxen-dev; what to unpack instead, docs/xen-library.md says';
 
 function buildForXen() {
   run(
     process.execPath,
     ['scripts/build-xen.mjs', XEN_PREFIX, XEN_LIBRARY],
-    "see the compiler's message above; Xen 4.17's headers and libraries are needed (Debian: apt-get install libxen-dev)",
+    `see the compiler's message above; Xen's headers and libraries are needed below ${XEN_PREFIX} (${GET_XEN})`,
   );
+}
+
+function withoutXen() {
+  return existsSync(XEN_LIBRARY)
+    ? 'the library for Xen stays as it was built: libxen-dev is not to be found now'
+    : `no library for Xen: libxen-dev is missing (${GET_XEN})`;
 }
 
 function buildGuest() {
@@ -221,15 +228,14 @@ const steps = [
       'build/Release/kvmi.so',
       'build/Release/kvmi-bare-listener',
       'build/Release/handlers-run-code',
+      'build/Release/abi-check',
       'build/Release/libvirt-stub/libvirt.so',
     ],
     run: buildNative,
   },
   {
     name: 'xen',
-    what: HAS_XEN
-      ? 'building the library for Xen (about 10 s)'
-      : 'no library for Xen: libxen-dev is missing (Debian: apt-get install libxen-dev; or unpack it and name the folder in MEMTABLES_XEN_PREFIX)',
+    what: HAS_XEN ? 'building the library for Xen (about 10 s)' : withoutXen(),
     // The header changes with each version of Xen, on which an older build cannot be loaded.
     inputs: HAS_XEN
       ? ['native/xen', 'native/vmi', 'scripts/build-xen.mjs', join(XEN_PREFIX, 'usr/include/xenctrl.h')]

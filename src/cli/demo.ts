@@ -48,7 +48,11 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
     throw stop.aborted ? demoStopped(stop.reason) : error;
   });
   const unload = inMilliseconds(summary.unload);
-  output.result({ type: 'summary', ...summary, unload }, describeSummary(summary));
+  const lines = describeSummary(summary);
+  if (summary.guest.lexer === undefined) {
+    lines.push('no real code ran in the guest: `npm run binaries` fetches it');
+  }
+  output.result({ type: 'summary', ...summary, unload }, lines.join('\n'));
   if (shortcomings.length > 0) throw demoFailed(seed, shortcomings);
 }
 

@@ -20,8 +20,7 @@ export function describedProgress(
   return {
     event: (event) => result(event, COUNTED.has(event.type) ? undefined : describe(event)),
     phaseBegins: (name) => log(`phase '${name}', ${seconds} s`),
-    phaseGoesOn: (name) =>
-      log(`phase '${name}' goes on until the guest's integrity checker and its lexer have been through once`),
+    phaseGoesOn: (name) => log(`phase '${name}' goes on until the guest has looked at all of itself once`),
     phaseEnded: (name, phase) => result({ type: 'phase', name, ...phase }, describePhase(name, phase)),
   };
 }
@@ -54,15 +53,19 @@ function phaseTable(phases: MainJobSummary['phases']): string[] {
   ];
 }
 
-function describeLexer(lexer: MainJobSummary['guest']['lexer']): string {
-  if (lexer === undefined) return 'no real code ran in the guest: `npm run binaries` fetches it';
+function describeLexer({
+  pieces,
+  tokens,
+  mismatches,
+}: NonNullable<MainJobSummary['guest']['lexer']>): string {
   return (
-    `the lexer of tree-sitter-c.node: ${plural(lexer.pieces, 'piece')} of text, ${plural(lexer.tokens, 'token')}, ` +
-    (lexer.mismatches === 0 ? 'the same in every phase' : `DIFFERENT in ${plural(lexer.mismatches, 'piece')}`)
+    `the lexer of tree-sitter-c.node: ${plural(pieces, 'piece')} of text, ${plural(tokens, 'token')}, ` +
+    (mismatches === 0 ? 'the same in every phase' : `DIFFERENT in ${plural(mismatches, 'piece')}`)
   );
 }
 
-export function describeSummary({ phases, unload, guest, ...summary }: MainJobSummary): string {
+/** Line by line. */
+export function describeSummary({ phases, unload, guest, ...summary }: MainJobSummary): string[] {
   const { sites } = summary;
   return [
     '',
@@ -80,8 +83,8 @@ export function describeSummary({ phases, unload, guest, ...summary }: MainJobSu
     }),
     `reads answered with original bytes: ${counts(summary.cloakedReads)}; stale events: ${summary.staleEvents}`,
     `unloaded after ${plural(unload.scans, 'thread scan')} (${unload.blocked} blocked) in ${unload.seconds.toFixed(3)} s`,
-    describeLexer(guest.lexer),
+    ...(guest.lexer === undefined ? [] : [describeLexer(guest.lexer)]),
     `the guest: checksums ${guest.checksumOk ? 'right' : 'WRONG'}, ${plural(guest.integritySweeps, 'integrity sweep')} with ` +
       `${plural(guest.integrityMismatches, 'mismatch', 'mismatches')}, ${guest.identicalAfterUnload ? 'identical' : 'DIFFERENT'} after unload`,
-  ].join('\n');
+  ];
 }

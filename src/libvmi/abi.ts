@@ -59,6 +59,7 @@ export const INIT_ERRORS = [
   'no configuration',
   'no configuration entry',
 ] as const;
+export const INIT_ERROR_NONE = 0;
 export const INIT_ERROR_DRIVER = 2;
 export const INIT_ERROR_VM_NOT_FOUND = 3;
 

@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import koffi, { type LibraryHandle } from 'koffi';
 import { MemtablesError } from '../errors.js';
@@ -61,6 +62,12 @@ export function loadLibvmi(path: string | undefined, hypervisor: HypervisorName 
 }
 
 function whereToGetOne(hypervisor: HypervisorName): string {
+  if (existsSync(BUNDLED_LIBRARIES[hypervisor])) {
+    return (
+      `Install the libraries that the bundled one needs (ldd ${BUNDLED_LIBRARIES[hypervisor]} names them), or tell the ` +
+      `dynamic linker where they are (LD_LIBRARY_PATH); or name ${needed(hypervisor)}, with --libvmi or ${LIBRARY_VARIABLE}.`
+    );
+  }
   const where = { kvm: '', xen: ' where libxen-dev is installed' }[hypervisor];
   return `Run \`npm run setup\`, which builds the bundled one${where}, or install ${needed(hypervisor)}, where the dynamic linker finds it, or name it with --libvmi or ${LIBRARY_VARIABLE}.`;
 }

@@ -107,7 +107,9 @@ function attachFailure(
 ): MemtablesError {
   const what = abi.INIT_ERRORS[code] ?? `error ${code}`;
   const [where, remedy] =
-    socket === undefined ? ['Xen', xenRemedy(code)] : [socket, kvmRemedy(code, library, socket, waited)];
+    socket === undefined
+      ? ['Xen', xenRemedy(code, library)]
+      : [socket, kvmRemedy(code, library, socket, waited)];
   return new MemtablesError('ATTACH_FAILED', `could not attach to ${name} on ${where}: ${what}`, {
     remedy,
     context: { name, ...(socket !== undefined && { socket }), library, code },
@@ -125,8 +127,10 @@ function kvmRemedy(code: number, library: string, socket: string, waited: boolea
   );
 }
 
-function xenRemedy(code: number): string {
+function xenRemedy(code: number, library: string): string {
   if (code === abi.INIT_ERROR_VM_NOT_FOUND) return 'Check the name (xl list).';
+  // What a library answers for a hypervisor that it knows nothing of.
+  if (code === abi.INIT_ERROR_NONE) return `Check that ${library} was built with its Xen driver.`;
   return (
     'See what the library has printed. It has to run in dom0 as root; libvmi has to be built with its Xen driver and ' +
     'events, and the Xen libraries that it loads have to be installed.'

@@ -8,7 +8,6 @@ import { runMainJob } from '../demo/main-job.js';
 import type { Relocated } from '../demo/verdict.js';
 import { MemtablesError } from '../errors.js';
 import { readGuestArtefacts } from '../guest/artefacts.js';
-import { lexerText } from '../guest/lexer-text.js';
 import { pvhKernel } from '../guest/pvh.js';
 import { runChecks } from './checks/run.js';
 import { createDomain } from './domain.js';
@@ -22,8 +21,6 @@ const BOOT_SECONDS = 30;
 const POLL_MS = 100;
 /** Where reads of its bytes trap, the guest's integrity checker needs this long for a sweep. */
 const MOST_EXTRA_SECONDS = 300;
-/** A pass of the lexer must not take longer than a phase. */
-const LEXER_TEXT_BYTES = 4 * 1024;
 
 function report(line: Dom0Line): void {
   process.stdout.write(`${toJson(line)}\n`);
@@ -36,11 +33,8 @@ function stage(text: string): void {
 async function main(job: Dom0Job): Promise<readonly string[]> {
   const { seed, vcpus, memoryMB, seconds, hooks, library, threshold } = job;
   const artefacts = readGuestArtefacts();
-  const { image, pvh, module } = artefacts;
-  const { elf, guest } = pvhKernel({
-    ...{ image, ...pvh, seed, vcpus, memoryMB, simpleReads: true },
-    ...(module && { module: { ...module, text: lexerText(seed, LEXER_TEXT_BYTES) } }),
-  });
+  const { image, pvh } = artefacts;
+  const { elf, guest } = pvhKernel({ image, ...pvh, seed, vcpus, memoryMB, simpleReads: true });
   const domain = createDomain({ name: NAME, kernel: elf, vcpus, memoryMB }, FOLDER);
   stage('domain created');
   const bed = new XenBed(NAME, new DomainMemory(domain), guest, artefacts);
@@ -68,7 +62,11 @@ async function main(job: Dom0Job): Promise<readonly string[]> {
     new AbortController().signal,
   );
   const record = { vcpus, seed, ...summary, unload: inMilliseconds(summary.unload) };
-  report({ type: 'result', record: { type: 'summary', ...record }, text: describeSummary(summary) });
+  report({
+    type: 'result',
+    record: { type: 'summary', ...record },
+    text: describeSummary(summary).join('\n'),
+  });
   return [...shortcomings, ...formShortcomings(relocated)];
 }
 

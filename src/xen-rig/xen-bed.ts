@@ -1,6 +1,6 @@
 import type { Attachment } from '../attachment/attachment.js';
 import type { Bed, BedStatistics } from '../demo/bed.js';
-import type { GuestArtefacts, SwitchSite } from '../guest/artefacts.js';
+import type { GuestArtefacts } from '../guest/artefacts.js';
 import type { LoadedGuest } from '../guest/loader.js';
 import { type PhysicalMemory, readGuestReport } from '../guest/report.js';
 import { snapshotImages } from '../host/image-snapshot.js';
@@ -22,13 +22,10 @@ export class XenBed implements Bed {
     name: string,
     private readonly memory: PhysicalMemory,
     private readonly guest: LoadedGuest,
-    private readonly artefacts: Pick<GuestArtefacts, 'image' | 'sites' | 'module' | 'pvh'>,
+    private readonly artefacts: Pick<GuestArtefacts, 'image' | 'sites' | 'pvh'>,
   ) {
     this.target = { name };
-    this.#loads = new Map([
-      ...loadsOf(guest.kernelBase, artefacts.sites.sites),
-      ...(guest.module && artefacts.module ? loadsOf(guest.module.base, artefacts.module.sites) : []),
-    ]);
+    this.#loads = new Map(loadsOf(guest.kernelBase, artefacts.sites));
   }
 
   /** True once the guest's own report is there. */
@@ -48,11 +45,11 @@ export class XenBed implements Bed {
   }
 
   async image(): Promise<Buffer> {
-    const { image, module, pvh } = this.artefacts;
+    const { image, pvh } = this.artefacts;
     const snapshot = snapshotImages(this.memory, this.guest, {
       kernel: PeImage.fromFile(image),
       hal: PeImage.fromFile(pvh.hal),
-      module: module && PeImage.fromFile(module.image),
+      module: undefined,
     });
     return Buffer.from(JSON.stringify(snapshot));
   }
@@ -66,7 +63,7 @@ export class XenBed implements Bed {
   }
 }
 
-function* loadsOf(base: Gva, sites: readonly SwitchSite[]): Generator<[Gva, Load]> {
+function* loadsOf(base: Gva, { sites }: GuestArtefacts['sites']): Generator<[Gva, Load]> {
   for (const { name, form, expected, loadRva, byteLoadRva } of sites) {
     const site = { site: name, form, expected };
     yield [base + BigInt(loadRva), { ...site, load: 'dword' }];
