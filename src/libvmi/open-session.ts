@@ -130,7 +130,7 @@ function kvmRemedy(code: number, library: string, socket: string, waited: boolea
 function xenRemedy(code: number, library: string): string {
   if (code === abi.INIT_ERROR_VM_NOT_FOUND) return 'Check the name (xl list).';
   // What a library answers for a hypervisor that it knows nothing of.
-  if (code === abi.INIT_ERROR_NONE) return `Check that ${library} was built with its Xen driver.`;
+  if (code === abi.INIT_ERROR_NONE) return `Check that ${library} was built with its Xen driver and events.`;
   return (
     'See what the library has printed. It has to run in dom0 as root; libvmi has to be built with its Xen driver and ' +
     'events, and the Xen libraries that it loads have to be installed.'
