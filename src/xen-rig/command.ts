@@ -22,11 +22,10 @@ const CACHE = join(PROJECT_ROOT, '.deps/xen-rig');
 const LIMIT_SECONDS = 900;
 
 /** The guest is the same in each run. */
-const JOB: Omit<Dom0Job, 'library' | 'conformance'> = {
+const JOB: Omit<Dom0Job, 'library' | 'conformance' | 'vcpus'> = {
   seed: 1,
   // On a page with one-level switches and on one with two-level ones; a few hundred traps a second are too few for all.
   hooks: ['nt!NtQuerySystemInformation', 'nt!SeAccessCheck'],
-  vcpus: 1,
   memoryMB: 64,
   seconds: 3,
   threshold: 8,
@@ -46,6 +45,8 @@ export interface RigOptions {
   readonly prepare?: boolean;
   /** Runs the checks of the library instead of the main job. */
   readonly conformance?: boolean;
+  /** Of the guest that the main job is done on. */
+  readonly vcpus: number;
 }
 
 /**
@@ -70,7 +71,7 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
     outputs: [debian.folder],
     run: () => unpackPackages(debian.folder, join(CACHE, 'apt')),
   });
-  const { libvmiPrefix, conformance = false, prepare } = options;
+  const { libvmiPrefix, conformance = false, prepare, vcpus } = options;
   if (prepare) return;
   const library =
     libvmiPrefix === undefined
@@ -80,6 +81,7 @@ export async function rigCommand(options: RigOptions, output: Output): Promise<v
   const inDom0 = join(VMI_LIBRARY_FOLDER, basename(library.path));
   const iso = ensureCd(steps, CACHE, debian, PROJECT_ROOT, library.path, {
     ...JOB,
+    vcpus,
     library: inDom0,
     conformance,
   });

@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 import { Command, Option } from 'commander';
 import { EXIT_CODE_HELP } from '../cli/exit-codes.js';
-import { json } from '../cli/options.js';
+import { integer, json } from '../cli/options.js';
 import { Output } from '../cli/output.js';
 import { exitAsDocumented, run } from '../cli/run.js';
 import { rigCommand } from './command.js';
@@ -18,6 +18,11 @@ await new Command('test:xen')
     ),
   )
   .addOption(new Option('--prepare', 'only download and unpack the Debian packages'))
+  .addOption(
+    new Option('--vcpus <n>', 'virtual CPUs of the guest; each makes the run longer')
+      .argParser(integer(1, 8))
+      .default(1),
+  )
   .option('--conformance', 'check instead, one by one, what the library does on Xen')
   .addOption(json())
   .addHelpText('after', EXIT_CODE_HELP)
