@@ -31,7 +31,7 @@ const IN_USE = 'in-use';
 /** Then code that replaces the loads alone is preferred. */
 const PATIENT_TRIES = 20;
 /** Then it is refused: a thread that hardly does anything else stands there whenever the guest is stopped. */
-const MOST_TRIES = 60;
+const MOST_TRIES = 70;
 
 /** What a switch can be replaced by, in whole or in part. */
 interface Way {
