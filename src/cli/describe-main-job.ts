@@ -20,6 +20,7 @@ export function describedProgress(
   return {
     event: (event) => result(event, COUNTED.has(event.type) ? undefined : describe(event)),
     phaseBegins: (name) => log(`phase '${name}', ${seconds} s`),
+    relocatingBegins: () => log('relocating what is hot'),
     phaseGoesOn: (name) => log(`phase '${name}' goes on until the guest has looked at all of itself once`),
     phaseEnded: (name, phase) => result({ type: 'phase', name, ...phase }, describePhase(name, phase)),
   };

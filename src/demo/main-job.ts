@@ -54,6 +54,8 @@ export interface MainJobSummary {
 export interface MainJobProgress {
   event(event: EngineEvent): void;
   phaseBegins(name: PhaseName): void;
+  /** What is hot is relocated before the phase that measures the guest with it. */
+  relocatingBegins(): void;
   /** Its time is over, but the guest's integrity checker has not been through once, or its lexer not read a piece. */
   phaseGoesOn(name: PhaseName): void;
   phaseEnded(name: PhaseName, phase: Phase): void;
@@ -67,6 +69,9 @@ export interface MainJobResult {
 }
 
 const POLL_MS = 250;
+/** As long as nothing has been relocated or refused, what was hot has been dealt with. */
+const SETTLED_MS = 1000;
+const MOST_SETTLING_MS = 10_000;
 
 /**
  * The main job: three phases of equal length, an unload, and the proof that the guest never noticed.
@@ -139,11 +144,21 @@ async function measure(
     return { result, from, to };
   };
 
+  const settle = async () => {
+    progress.relocatingBegins();
+    for (let waited = 0; waited < MOST_SETTLING_MS; waited += SETTLED_MS) {
+      const count = decided.length;
+      await unlessEnded(attachment, SETTLED_MS, signal);
+      if (decided.length === count) return;
+    }
+  };
+
   const hooks = options.hooks ?? defaultHooks(artefacts);
   const unhooked = await phase('unhooked');
   for (const name of hooks) await attachment.hook(name);
   const hooked = await phase('hooked');
   await attachment.setRelocation(true);
+  await settle();
   const relocatedBefore = relocated.length;
   const last = await phase('relocated');
   const engine = await attachment.statistics();
