@@ -5,6 +5,8 @@ import { existsSync, mkdirSync, readdirSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
 const [prefix, library] = process.argv.slice(2);
+const isInstalled = prefix === '/';
+const libraries = join(prefix, 'usr/lib/x86_64-linux-gnu');
 
 function sourcesIn(folder) {
   return readdirSync(folder)
@@ -14,20 +16,18 @@ function sourcesIn(folder) {
 
 // What is installed the compiler finds by itself.
 function whereUnpacked() {
-  if (prefix === '/') return [];
-  const libraries = join(prefix, 'usr/lib/x86_64-linux-gnu');
+  if (isInstalled) return [];
   return ['-isystem', join(prefix, 'usr/include'), `-L${libraries}`, `-Wl,-rpath-link,${libraries}`];
 }
 
 /** libxen-dev has the headers, and links to libraries that are in other packages. */
 function missingLibraries() {
-  if (prefix === '/') return [];
-  const folder = join(prefix, 'usr/lib/x86_64-linux-gnu');
-  if (!existsSync(folder)) return [folder];
-  const links = readdirSync(folder).filter((name) =>
+  if (isInstalled) return [];
+  if (!existsSync(libraries)) return [libraries];
+  const links = readdirSync(libraries).filter((name) =>
     /^libxen(call|ctrl|devicemodel|evtchn|foreignmemory|store|toolcore|toollog)\.so$/.test(name),
   );
-  return links.map((name) => join(folder, name)).filter((path) => !existsSync(path));
+  return links.map((name) => join(libraries, name)).filter((path) => !existsSync(path));
 }
 
 const missing = missingLibraries();

@@ -48,11 +48,9 @@ export async function demoCommand(options: DemoCommandOptions, output: Output): 
     throw stop.aborted ? demoStopped(stop.reason) : error;
   });
   const unload = inMilliseconds(summary.unload);
-  const lines = describeSummary(summary);
-  if (summary.guest.lexer === undefined) {
-    lines.push('no real code ran in the guest: `npm run binaries` fetches it');
-  }
-  output.result({ type: 'summary', ...summary, unload }, lines.join('\n'));
+  const withoutModule =
+    summary.guest.lexer === undefined ? '\nno real code ran in the guest: `npm run binaries` fetches it' : '';
+  output.result({ type: 'summary', ...summary, unload }, describeSummary(summary) + withoutModule);
   if (shortcomings.length > 0) throw demoFailed(seed, shortcomings);
 }
 

@@ -65,8 +65,7 @@ function describeLexer({
   );
 }
 
-/** Line by line. */
-export function describeSummary({ phases, unload, guest, ...summary }: MainJobSummary): string[] {
+export function describeSummary({ phases, unload, guest, ...summary }: MainJobSummary): string {
   const { sites } = summary;
   return [
     '',
@@ -87,5 +86,5 @@ export function describeSummary({ phases, unload, guest, ...summary }: MainJobSu
     ...(guest.lexer === undefined ? [] : [describeLexer(guest.lexer)]),
     `the guest: checksums ${guest.checksumOk ? 'right' : 'WRONG'}, ${plural(guest.integritySweeps, 'integrity sweep')} with ` +
       `${plural(guest.integrityMismatches, 'mismatch', 'mismatches')}, ${guest.identicalAfterUnload ? 'identical' : 'DIFFERENT'} after unload`,
-  ];
+  ].join('\n');
 }

@@ -8,7 +8,7 @@ import { gprName, type Instruction, MAX_INSTRUCTION_LENGTH, Register } from '../
 import type { CachedInstruction, InstructionCache } from '../x86/instruction-cache.js';
 import { onlyReadOf } from '../x86/only-read.js';
 import type { CodeChange } from './patcher.js';
-import type { Site, SiteTable } from './sites.js';
+import { PATIENT_TRIES, type Site, type SiteTable } from './sites.js';
 
 const UNREADABLE_CODE: ReadonlySet<ErrorCode> = new Set(['GUEST_STRUCTURE_INVALID', 'GUEST_MEMORY_UNMAPPED']);
 
@@ -18,12 +18,8 @@ const MAX_READERS = 65_536;
 const MAX_PENDING_WRITES = 4096;
 /** What an address that is in no image is in. */
 const NOWHERE = { start: 0n, end: 0n };
-/**
- * A thread that was preempted has a good chance to be gone by then. Each try stops the guest: those that come when a
- * site has been given most of its chances are ever rarer.
- */
+/** A thread that was preempted has a good chance to be gone by then. Each try stops the guest: late ones are rarer. */
 const RETRY_MS = 20;
-const TRIES_BEFORE_DOUBLING = 20;
 const TRIES_PER_DOUBLING = 10;
 const LONGEST_RETRY_MS = 1000;
 /** libvmi keeps a page for two seconds. */
@@ -159,7 +155,7 @@ export class Monitor implements HiddenMemory {
 
   /** Has a site that was taken come again, when the guest has run on. */
   postpone(site: Site): void {
-    const late = Math.max(0, site.tries - TRIES_BEFORE_DOUBLING);
+    const late = Math.max(0, site.tries - PATIENT_TRIES);
     const doublings = Math.ceil(late / TRIES_PER_DOUBLING);
     const delay = Math.min(RETRY_MS * 2 ** doublings, LONGEST_RETRY_MS);
     this.#postponed.push({ site, due: performance.now() + delay });

@@ -20,7 +20,7 @@ import { type PlacedHandler, Placer } from './placer.js';
 import type { Recognisers } from './recognisers.js';
 import type { Redirections } from './redirections.js';
 import type { EngineEvent } from './report.js';
-import { ignore, ignoreAll, type Site, type SiteTable } from './sites.js';
+import { ignore, ignoreAll, PATIENT_TRIES, type Site, type SiteTable } from './sites.js';
 import { tablesOf } from './tables.js';
 import { Vacancy } from './vacancy.js';
 
@@ -28,9 +28,7 @@ export type Outcome = Extract<EngineEvent, { type: 'relocated' | 'refused' }>;
 
 /** Something stands inside the code to be replaced; it may be gone when the guest has run on. */
 const IN_USE = 'in-use';
-/** Then code that replaces the loads alone is preferred. */
-const PATIENT_TRIES = 20;
-/** Then it is refused: a thread that hardly does anything else stands there whenever the guest is stopped. */
+/** After so many a switch is refused: a thread that hardly does anything else stands there whenever the guest is stopped. */
 const MOST_TRIES = 70;
 
 /** What a switch can be replaced by, in whole or in part. */

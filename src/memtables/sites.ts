@@ -1,6 +1,9 @@
 import type { Gva } from '../vmi/address.js';
 import type { Redirection } from './redirections.js';
 
+/** After so many tries a switch is no longer kept waiting for the code it would best be replaced by. */
+export const PATIENT_TRIES = 20;
+
 /** A table load that has trapped: the instruction, and the table it read. */
 export interface Site {
   readonly rip: Gva;

@@ -62,11 +62,7 @@ async function main(job: Dom0Job): Promise<readonly string[]> {
     new AbortController().signal,
   );
   const record = { vcpus, seed, ...summary, unload: inMilliseconds(summary.unload) };
-  report({
-    type: 'result',
-    record: { type: 'summary', ...record },
-    text: describeSummary(summary).join('\n'),
-  });
+  report({ type: 'result', record: { type: 'summary', ...record }, text: describeSummary(summary) });
   return [...shortcomings, ...formShortcomings(relocated)];
 }
 

@@ -5,7 +5,7 @@ import { EmbeddedGuest } from '../support/embedded-guest.js';
 import {
   handlersOf,
   hookAll,
-  insideOf,
+  insideSites,
   MOST_SITE_BYTES,
   relocations,
   serve,
@@ -133,11 +133,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
 
   test('over several instructions of ours: once the vCPU among them has gone on', () => {
     const { guest, store, engine, kernel, events } = guestThatWrites('inline');
-    const inside = new Map(
-      handlersOf(events).flatMap((handler) =>
-        [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
-      ),
-    );
+    const inside = insideSites(kernel, events);
     const { site } = stepInto(guest, 0, (rip) => inside.get(rip));
     const standsInside = () => inside.get(guest.machine.registers(0).rip)?.site === site;
     const original = kernel.image.read(Number(site - kernel.base), MOST_SITE_BYTES);
@@ -169,11 +165,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
 
   test('over all of them: they are no longer ours at once, whoever stands there', () => {
     const { guest, store, engine, kernel, events } = guestThatWrites('inline');
-    const inside = new Map(
-      handlersOf(events).flatMap((handler) =>
-        [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
-      ),
-    );
+    const inside = insideSites(kernel, events);
     const { site } = stepInto(guest, 0, (rip) => inside.get(rip));
     const original = kernel.image.read(Number(site - kernel.base), MOST_SITE_BYTES);
     guest.hypervisor.advance = () => [];
@@ -185,11 +177,7 @@ describe('a guest write over hidden bytes completes, is reported, and takes the 
 
   test('where a vCPU stays among them, the guest is not paused for that again and again', () => {
     const { guest, store, engine, kernel, events } = guestThatWrites('inline');
-    const inside = new Map(
-      handlersOf(events).flatMap((handler) =>
-        [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
-      ),
-    );
+    const inside = insideSites(kernel, events);
     const { site } = stepInto(guest, 0, (rip) => inside.get(rip));
     let now = performance.now() + 1000;
     const clock = vi.spyOn(performance, 'now').mockImplementation(() => now);

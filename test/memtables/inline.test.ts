@@ -11,7 +11,7 @@ import { EmbeddedGuest } from '../support/embedded-guest.js';
 import {
   handlersOf,
   hookAll,
-  insideOf,
+  insideSites,
   instructionsOf,
   MOST_SITE_BYTES,
   preemptAt,
@@ -34,11 +34,7 @@ function interiorOf(kernel: Kernel, site: bigint): Set<bigint> {
 function guestInside() {
   const relocated = relocatedGuest({ vcpus: 1, handler: 'inline' });
   const { guest, kernel, events } = relocated;
-  const inside = new Map(
-    handlersOf(events).flatMap((handler) =>
-      [...insideOf(kernel, handler)].map((rip) => [rip, handler] as const),
-    ),
-  );
+  const inside = insideSites(kernel, events);
   return { ...relocated, inside, handler: stepInto(guest, 0, (rip) => inside.get(rip)) };
 }
 

@@ -92,13 +92,11 @@ test('where taking it back fails too, it says so, stays in the list, and is take
 test('where putting the replaced code back fails only after its last byte, it counts as put back', () => {
   const parts = setUp();
   const { memory, before, trapped, failing, slack, redirections } = parts;
-  // On a page of its own, so that its trap is released.
-  const code = { ...PLAN.code, gva: GVA + 0x1800n };
-  const redirection = redirections.install({ ...PLAN, code, isDivided: true, slack: slack.allocate(24) });
+  const redirection = redirections.install({ ...PLAN, isDivided: true, slack: slack.allocate(24) });
   expect(redirections.isPutBack(redirection)).toBe(false);
   expect(redirections.entryRanges([redirection])).toHaveLength(1);
-  const write = 1;
-  failing.failAtChange(write + 1);
+  // Behind the write of the jump's bytes: nothing else is on their page, so that its trap is released.
+  failing.failAtChange(2);
   expect(() => redirections.disable(redirection)).toThrow(/releaseAccess/);
   expect(memory.subarray(0x2000, 0x3000)).toEqual(before.subarray(0x2000, 0x3000));
   expect(redirections.isPutBack(redirection)).toBe(true);

@@ -111,9 +111,14 @@ export function boundariesOf(kernel: Kernel, { gva, bytes }: Handler): Map<numbe
 /** The longest sites are those of two-level switches. */
 export const MOST_SITE_BYTES = 32;
 
-/** The instructions of what a site has become, behind the first. */
-export function insideOf(kernel: Kernel, { site }: Handler): Set<bigint> {
-  return instructionsOf(kernel.memory.read(site, MOST_SITE_BYTES), site);
+/** By the address of each instruction of what a site has become, behind the first: the handler. */
+export function insideSites(kernel: Kernel, events: readonly EngineEvent[]): Map<bigint, Handler> {
+  return new Map(
+    handlersOf(events).flatMap((handler) => {
+      const code = kernel.memory.read(handler.site, MOST_SITE_BYTES);
+      return [...instructionsOf(code, handler.site)].map((rip) => [rip, handler] as const);
+    }),
+  );
 }
 
 /** Up to an indirect jump. */
